@@ -1,0 +1,53 @@
+"""updp makes vision networks shallower: prune blocks, train progressively, merge exactly.
+
+The public names below are loaded on first use, so that ``import updp`` costs nothing::
+
+    import updp
+
+    spec = updp.load_spec("path/to/spec.yaml")
+    supernet = updp.build_supernet(spec)
+    merged, certificate = updp.merge(supernet)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+if TYPE_CHECKING:
+    from updp.artefact import load as load
+    from updp.artefact import verify as verify
+    from updp.export import export as export
+    from updp.merging import merge as merge
+    from updp.spec import list_specs as list_specs
+    from updp.spec import load_spec as load_spec
+    from updp.subnet import SubnetConfig as SubnetConfig
+    from updp.supernet import build_supernet as build_supernet
+
+# Public name -> the module that defines it (PEP 562).
+_HOMES = {
+    "SubnetConfig": "updp.subnet",
+    "build_supernet": "updp.supernet",
+    "export": "updp.export",
+    "list_specs": "updp.spec",
+    "load": "updp.artefact",
+    "load_spec": "updp.spec",
+    "merge": "updp.merging",
+    "verify": "updp.artefact",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module on first use and keep it."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
