@@ -1,0 +1,106 @@
+"""Where specs are and how one is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from updp.errors import Place, Problem, SpecError, UpdpError, suggest
+from updp.frozen import FrozenMap
+from updp.spec import build
+from updp.spec.language import ArchSpec
+from updp.spec.settings import Schedule
+from updp.spec.tree import MAX_BYTES, Tree, read_tree
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def specs_directory() -> Path:
+    """The directory of the shipped specs: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        UpdpError: if the installation has lost them.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for directory in (package / "specs", package.parent / "specs"):
+        if (directory / "schema.json").is_file():
+            return directory
+    raise UpdpError(f"the specs are missing from this installation (looked in {package} and beside it)")
+
+
+def list_specs() -> list[str]:
+    """Names of the shipped specs, sorted: paths below the specs directory, without suffix."""
+    root = specs_directory()
+    files = (path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in files)
+
+
+def load_spec(name_or_path: str | Path) -> ArchSpec:
+    """Load a shipped spec by its name, or any spec by its path.
+
+    Raises:
+        SpecError: with all problems of the file, each with its line and column.
+    """
+    path, name = _find(name_or_path)
+    return parse_spec(_read(path), file=str(path), name=name)
+
+
+def _find(name_or_path: str | Path) -> tuple[Path, str]:
+    path = Path(name_or_path)
+    if isinstance(name_or_path, str):
+        names = list_specs()
+        if name_or_path in names:
+            stem = specs_directory() / name_or_path
+            return next(p for p in (stem.with_name(stem.name + s) for s in SUFFIXES) if p.is_file()), name_or_path
+        if path.suffix not in SUFFIXES and not path.exists():
+            hint = "" if len(path.parts) == 1 else ", or the path of a .yaml file"
+            raise SpecError(f"no such spec: {suggest(name_or_path, names)}{hint}")
+    return path, path.stem
+
+
+def _read(path: Path) -> str:
+    place = Place(str(path))
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SpecError([Problem(place, "", f"cannot read the spec: {reason}")]) from None
+    if len(data) > MAX_BYTES:
+        raise SpecError([Problem(place, "", f"the file is larger than {MAX_BYTES // 1024} KiB")])
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        line, column = before.count(b"\n") + 1, len(before) - (before.rfind(b"\n") + 1) + 1
+        raise SpecError([Problem(Place(str(path), line, column), "", "not UTF-8 text")]) from None
+
+
+def parse_spec(text: str, *, file: str, name: str) -> ArchSpec:
+    """Make a spec from its text alone; ``file`` is only used in messages.
+
+    Raises:
+        SpecError: with all problems of the text.
+    """
+    return _assemble(read_tree(text, file), text, file, name)
+
+
+def _assemble(tree: Tree, text: str, file: str, name: str) -> ArchSpec:
+    top = tree.value
+    trees = top["recipes"].value
+    recipes = {key: build.build_recipe(key, build.resolve_recipe(key, trees)) for key in trees}
+    structures = {key: build.build_flow(item) for key, item in top["structures"].value.items()}
+    channels, height, width = (int(item.value) for item in top["input"].value)
+    return ArchSpec(
+        name=name,
+        text=text,
+        file=file,
+        hash=hashlib.sha256(text.encode("utf-8")).hexdigest(),
+        model=build.build_model(top["model"]),
+        input=(channels, height, width),
+        structures=FrozenMap(structures),
+        recipes=FrozenMap(recipes),
+        blocks=tuple(build.build_group(item) for item in top["blocks"].value),
+        data=build.build_data(top.get("data")),
+        schedule=build.build_schedule(top["schedule"].plain()) if "schedule" in top else Schedule(),
+    )

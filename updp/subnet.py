@@ -1,0 +1,178 @@
+"""SubnetConfig: which recipe each block of a network takes. JSON in and out; imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from updp.errors import InputError, Place, Problem, suggest
+from updp.frozen import FrozenMap
+
+VERSION = 1
+KEEP = "keep"
+MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class SubnetConfig:
+    """The choice of every block that is not kept, for the spec of this name.
+
+    Blocks may be given with the choice ``"keep"``; they are left out, and the rest is sorted by block, so two configs
+    that mean the same are equal, have one hash and one JSON text.
+    """
+
+    spec: str
+    choices: Mapping[str, str]
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        choices = {block: self.choices[block] for block in sorted(self.choices) if self.choices[block] != KEEP}
+        object.__setattr__(self, "choices", FrozenMap(choices))
+
+    def choice(self, block: str) -> str:
+        """The choice of a block; blocks that are not named are kept."""
+        return self.choices.get(block, KEEP)
+
+    @property
+    def pruned(self) -> tuple[str, ...]:
+        """The blocks that are not kept, sorted by name."""
+        return tuple(self.choices)
+
+    def key(self) -> str:
+        """A short string that is the same for equal configs, today and in the next process."""
+        text = json.dumps([self.version, self.spec, list(self.choices.items())])
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:24]
+
+    def to_json(self) -> str:
+        """The text of a subnet file."""
+        data = {"version": self.version, "spec": self.spec, "choices": dict(self.choices)}
+        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, file: str = "<text>") -> SubnetConfig:
+        """Read the text of a subnet file; ``file`` is only used in messages.
+
+        Raises:
+            InputError: with all problems of the text.
+        """
+        return _from_data(_parse(text, file), file)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SubnetConfig:
+        """Read a subnet file.
+
+        Raises:
+            InputError: if it cannot be read or is not a subnet file.
+        """
+        file = str(path)
+        try:
+            with Path(path).open("rb") as stream:
+                data = stream.read(MAX_BYTES + 1)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise InputError([Problem(Place(file), "", f"cannot read the subnet: {reason}")]) from None
+        if len(data) > MAX_BYTES:
+            raise InputError([Problem(Place(file), "", f"the file is larger than {MAX_BYTES // 1024} KiB")])
+        try:
+            return cls.from_json(data.decode("utf-8-sig"), file)
+        except UnicodeDecodeError:
+            raise InputError([Problem(Place(file), "", "not UTF-8 text")]) from None
+
+    def save(self, path: str | Path) -> None:
+        """Write a subnet file; it is there completely or not at all.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
+        target = Path(path)
+        temporary: str | None = None
+        try:
+            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(self.to_json())
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, target)
+        except OSError as error:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+            reason = error.strerror or str(error)
+            raise InputError([Problem(Place(str(path)), "", f"cannot write the subnet: {reason}")]) from None
+
+    def check(self, spec_name: str, available: Mapping[str, Sequence[str]]) -> None:
+        """Check against a network: its spec's name and the recipes of each of its blocks.
+
+        Raises:
+            InputError: for a subnet of another spec, unknown blocks and unknown choices, all of them at once.
+        """
+        problems = []
+        if self.spec != spec_name:
+            message = f"the subnet is for another spec: got {self.spec!r}, allowed: {spec_name}"
+            raise InputError([Problem(None, "spec", message)])
+        for block, choice in self.choices.items():
+            where = f"choices[{block!r}]"
+            if block not in available:
+                problems.append(Problem(None, where, f"no such prunable block: {suggest(block, available)}"))
+            elif choice not in available[block]:
+                problems.append(Problem(None, where, f"no such choice: {suggest(choice, [KEEP, *available[block]])}"))
+        if problems:
+            raise InputError(problems)
+
+
+def _parse(text: str, file: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise InputError([Problem(Place(file), "", f"the key {twice!r} is there twice")])
+        return result
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise InputError([Problem(Place(file, error.lineno, error.colno), "", f"not JSON: {error.msg}")]) from None
+    except (RecursionError, ValueError):
+        raise InputError([Problem(Place(file), "", "not JSON that updp can read")]) from None
+
+
+def _from_data(data: Any, file: str) -> SubnetConfig:
+    place = Place(file)
+    if not isinstance(data, dict):
+        raise InputError([Problem(place, "", 'not a subnet: it must be {"version": 1, "spec": …, "choices": {…}}')])
+    keys = ("version", "spec", "choices")
+    problems = [Problem(place, "", f"unknown key: {suggest(key, keys)}") for key in data if key not in keys]
+    problems += [Problem(place, "", f"the key {key!r} is missing") for key in keys if key not in data]
+    version, spec, choices = (data.get(key) for key in keys)
+    if "version" in data and (version != VERSION or isinstance(version, bool)):
+        problems.append(Problem(place, "version", f"got {version!r}, allowed: {VERSION}"))
+    if "spec" in data and not isinstance(spec, str):
+        problems.append(Problem(place, "spec", f"got {spec!r}, allowed: the name of a spec"))
+    recipes: dict[str, str] = {}
+    if isinstance(choices, dict):
+        for block, choice in choices.items():
+            problems += _read_choice(block, choice, recipes, place)
+    elif "choices" in data:
+        problems.append(Problem(place, "choices", "must be a mapping from block to choice"))
+    if problems:
+        raise InputError(problems)
+    return SubnetConfig(str(spec), recipes)
+
+
+def _read_choice(block: str, choice: Any, recipes: dict[str, str], place: Place) -> list[Problem]:
+    where = f"choices[{block!r}]"
+    if isinstance(choice, dict):
+        others = [key for key in choice if key != "recipe"]
+        if others:
+            return [Problem(place, where, f"{suggest(others[0], ['recipe'])}; other keys are reserved")]
+        choice = choice.get("recipe")
+    if not isinstance(choice, str):
+        return [Problem(place, where, f'got {choice!r}, allowed: a recipe\'s name or {{"recipe": NAME}}')]
+    recipes[block] = choice
+    return []
