@@ -1,13 +1,14 @@
 """The operators of ``csrc/``, registered with ``torch.library``, and the references they are held to.
 
-Each operator has a schema, a reference in plain torch (the definition), a fake implementation, a backward, checks at
-the door, and rows in ``csrc/kernels.def``: one compiled variant each, picked at run time by what the CPU can do. A
-source tree without the compiled module ``updp._C`` works: the references then do the work.
+Each operator has a schema, a reference in plain torch (the definition), a fake implementation, a backward,
+checks at the door, and rows in ``csrc/kernels.def``: one compiled variant each, picked at run time by what the
+CPU can do. A source tree without the compiled module ``updp._C`` works: the references then do the work.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -17,10 +18,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-if importlib.util.find_spec("updp._C") is None:
-    _C = None
-else:  # a module that is there but cannot be loaded is an error, not a reason to be slow in silence
-    from updp import _C
+# A module that is there but cannot be loaded is an error, not a reason to be slow in silence.
+_native = None if importlib.util.find_spec("updp._C") is None else importlib.import_module("updp._C")
 
 Pair: TypeAlias = tuple[int, int]
 
@@ -44,25 +43,28 @@ class KernelRow:
 @functools.cache
 def kernel_rows() -> tuple[KernelRow, ...]:
     """All compiled variants, best first within an operator; empty if ``updp._C`` is not built."""
-    return () if _C is None else tuple(KernelRow(*row) for row in _C.rows())
+    return () if _native is None else tuple(KernelRow(*row) for row in _native.rows())
 
 
 def cpu_features() -> dict[str, bool]:
     """The instruction sets that dispatch looks at; empty if ``updp._C`` is not built."""
-    return {} if _C is None else _C.cpu_features()
+    features: dict[str, bool] = {} if _native is None else _native.cpu_features()
+    return features
 
 
 def native_status() -> str:
-    """One line for people: which variants run here, or that the compiled module is missing and how to get it."""
-    if _C is None:
-        return "updp._C is not built: operators run their torch references (`pip install .` or `make native` builds it)"
+    """One line for people: how many kernels run here, or that the compiled module is missing and how to get it."""
+    if _native is None:
+        return (
+            "updp._C is not built, torch references do its work (`pip install .` or `make native` builds it)"
+        )
     rows = kernel_rows()
     return f"{sum(row.available for row in rows)} of {len(rows)} kernels run on this CPU"
 
 
 @functools.cache
 def _pick(op: str, dtype: torch.dtype, variant: str | None) -> str:
-    """The variant to run: the one asked for, else the first row that fits this dtype and CPU, else the reference."""
+    """The variant asked for, else the first row that fits this dtype and CPU, else the reference."""
     fitting = [r for r in kernel_rows() if r.op == op and r.dtype == _DTYPES.get(dtype) and r.available]
     if variant is None:
         return fitting[0].name if fitting else REFERENCE
@@ -74,7 +76,7 @@ def _pick(op: str, dtype: torch.dtype, variant: str | None) -> str:
 
 @dataclass(frozen=True)
 class _Axis:
-    """One axis of a composition: inner tap ``a`` and outer tap ``b`` meet at ``a * inner_step + b * outer_step``."""
+    """One axis: inner tap ``a`` and outer tap ``b`` meet at ``a * inner_step + b * outer_step``."""
 
     grid: int  # dilation of the composed weight
     size: int
@@ -89,7 +91,7 @@ class _Axis:
 
 
 def _axis(outer_size: int, inner_size: int, stride: int, inner_dilation: int, outer_dilation: int) -> _Axis:
-    """Lay one axis on its coarsest common grid: ``g = gcd(d1 if k1 > 1, s1 * d2 if k2 > 1)``, 1 if there is neither."""
+    """The coarsest grid that holds all offsets: ``gcd(d1 if k1 > 1, s1 d2 if k2 > 1)``, 1 if there is neither."""
     inner_step = inner_dilation if inner_size > 1 else 0
     outer_step = stride * outer_dilation if outer_size > 1 else 0
     grid = math.gcd(inner_step, outer_step) or 1
@@ -118,7 +120,7 @@ def _windows(outer: Tensor, axes: tuple[_Axis, _Axis]) -> Iterator[tuple[int, in
 def depthwise_compose_reference(
     outer: Tensor, inner: Tensor, inner_stride: Pair, inner_dilation: Pair, outer_dilation: Pair
 ) -> Tensor:
-    """The definition of `depthwise_compose` in plain torch: the same arguments, any floating dtype and device."""
+    """The definition of `depthwise_compose` in plain torch: the same arguments, any dtype and device."""
     axes = _axes(outer, inner, inner_stride, inner_dilation, outer_dilation)
     out = inner.new_zeros(inner.shape[0], axes[0].size, axes[1].size)
     for y, x, rows, columns in _windows(outer, axes):
@@ -168,9 +170,10 @@ def depthwise_compose(
 ) -> Tensor:
     """The weight of one depthwise convolution that does what ``inner`` and then ``outer`` do.
 
-    Offsets add, ``W[c, (d1 a1 + s1 d2 a2) / g] = sum W2[c, a2] W1[c, a1]`` with tap indices ``a``, dilations ``d``, the
-    inner stride ``s1``, and per axis the coarsest grid that holds all offsets, ``g = gcd(d1 if k1 > 1, s1 d2 if k2 > 1)``
-    or 1. The composed convolution has dilation ``g`` and the product of the strides.
+    Offsets add: ``W[c, (d1 a1 + s1 d2 a2) / g] = sum W2[c, a2] W1[c, a1]`` with tap indices ``a``, dilations
+    ``d``, the inner stride ``s1``, and per axis the coarsest grid that holds all offsets,
+    ``g = gcd(d1 if k1 > 1, s1 d2 if k2 > 1)``, or 1 if there is neither. The composed convolution has dilation
+    ``g`` and the product of the strides.
 
     Args:
         outer: weight ``(C, k2h, k2w)`` of the convolution that runs last.
@@ -181,8 +184,8 @@ def depthwise_compose(
         variant: a name of `kernel_rows` or ``"reference"``; None takes the best for this CPU.
 
     Returns:
-        ``(C, (d1 (k1h - 1) + s1 d2 (k2h - 1)) / g + 1, likewise)``. Bit for bit the same for every variant and any number
-        of threads.
+        ``(C, (d1 (k1h - 1) + s1 d2 (k2h - 1)) / g + 1, likewise)``. Bit for bit the same for every variant and any
+        number of threads.
 
     Raises:
         ValueError: shapes do not fit, a stride or dilation below 1, or a variant that cannot run here.
@@ -217,8 +220,8 @@ def _depthwise_compose_cpu(
     rows, columns = _axes(outer, inner, **geometry)
     out = inner.new_empty(inner.shape[0], rows.size, columns.size)
     arrays = [(t.data_ptr(), tuple(t.shape), t.stride()) for t in (outer, inner, out)]
-    assert _C is not None
-    _C.dwcompose(picked, *arrays, inner_stride, inner_dilation, outer_dilation, torch.get_num_threads())
+    assert _native is not None  # only its rows are ever picked
+    _native.dwcompose(picked, *arrays, inner_stride, inner_dilation, outer_dilation, torch.get_num_threads())
     return out
 
 
