@@ -27,6 +27,8 @@ from updp.spec.language import Step as Step
 from updp.spec.language import Sum as Sum
 from updp.spec.language import names_in as names_in
 from updp.spec.language import walk as walk
+from updp.spec.match import match_blocks as match_blocks
+from updp.spec.overrides import apply_settings as apply_settings
 from updp.spec.settings import STAGES as STAGES
 from updp.spec.settings import BlendSettings as BlendSettings
 from updp.spec.settings import Schedule as Schedule

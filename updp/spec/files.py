@@ -8,7 +8,9 @@ from pathlib import Path
 from updp.errors import Place, Problem, SpecError, UpdpError, suggest
 from updp.frozen import FrozenMap
 from updp.spec import build
+from updp.spec.check import cross_problems
 from updp.spec.language import ArchSpec
+from updp.spec.schema import load_schema, schema_problems, without
 from updp.spec.settings import Schedule
 from updp.spec.tree import MAX_BYTES, Tree, read_tree
 
@@ -82,7 +84,20 @@ def parse_spec(text: str, *, file: str, name: str) -> ArchSpec:
     Raises:
         SpecError: with all problems of the text.
     """
-    return _assemble(read_tree(text, file), text, file, name)
+    tree = read_tree(text, file)
+    found = schema_problems(tree, load_schema(specs_directory()))
+    problems = [problem for _, problem in found]
+    if isinstance(tree.value, dict):
+        damaged = [path for path, _ in found]
+        problems += cross_problems(tree, without(tree, damaged), damaged)
+    if problems:
+        raise SpecError(sorted(problems, key=_in_order))
+    return _assemble(tree, text, file, name)
+
+
+def _in_order(problem: Problem) -> tuple[int, int]:
+    place = problem.place
+    return (0, 0) if place is None else (place.line or 0, place.column or 0)
 
 
 def _assemble(tree: Tree, text: str, file: str, name: str) -> ArchSpec:

@@ -19,7 +19,7 @@ from updp.errors import Place, Problem, SpecError
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 40
 MAX_NODES = 20_000
-MAX_DIGITS = 400
+MAX_DIGITS = 18  # what fits into 64 bits
 
 _NULL = re.compile(r"null|Null|NULL|~|")
 _TRUE = re.compile(r"true|True|TRUE")
@@ -95,7 +95,19 @@ def scalar(text: str) -> Any:
 
 
 def read_tree(text: str, file: str) -> Tree:
-    """Parse one YAML document.
+    """Parse one YAML document that holds something.
+
+    Raises:
+        SpecError: as :func:`read_value` does, and for an empty document.
+    """
+    tree = read_value(text, file)
+    if tree.value is None:
+        raise SpecError([Problem(Place(file), "", "the file is empty, it must hold a spec")])
+    return tree
+
+
+def read_value(text: str, file: str) -> Tree:
+    """Parse one YAML document; an empty one is null.
 
     Raises:
         SpecError: for anything that is not plain data in one document; all duplicate keys are reported together.
@@ -140,9 +152,7 @@ class _Composer:
                 if tree is not None:
                     self.fail(event, "got a second document, allowed: one")
                 tree = self.node(next(events), 0)
-        if tree is None or tree.value is None:
-            raise SpecError([Problem(Place(self.file), "", "the file is empty, it must hold a spec")])
-        return tree
+        return Tree(None, Place(self.file)) if tree is None else tree
 
     def place(self, event: yaml.Event) -> Place:
         return Place(self.file, event.start_mark.line + 1, event.start_mark.column + 1)
