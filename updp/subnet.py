@@ -23,8 +23,8 @@ MAX_BYTES = 1 << 20
 class SubnetConfig:
     """The choice of every block that is not kept, for the spec of this name.
 
-    Blocks may be given with the choice ``"keep"``; they are left out, and the rest is sorted by block, so two configs
-    that mean the same are equal, have one hash and one JSON text.
+    Blocks may be given with the choice ``"keep"``; they are left out, and the rest is sorted by block, so two
+    configs that mean the same are equal and have one hash and one JSON text.
     """
 
     spec: str
@@ -32,8 +32,8 @@ class SubnetConfig:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        choices = {block: self.choices[block] for block in sorted(self.choices) if self.choices[block] != KEEP}
-        object.__setattr__(self, "choices", FrozenMap(choices))
+        pruned = {block: choice for block, choice in sorted(self.choices.items()) if choice != KEEP}
+        object.__setattr__(self, "choices", FrozenMap(pruned))
 
     def choice(self, block: str) -> str:
         """The choice of a block; blocks that are not named are kept."""
@@ -120,7 +120,8 @@ class SubnetConfig:
             if block not in available:
                 problems.append(Problem(None, where, f"no such prunable block: {suggest(block, available)}"))
             elif choice not in available[block]:
-                problems.append(Problem(None, where, f"no such choice: {suggest(choice, [KEEP, *available[block]])}"))
+                allowed = [KEEP, *available[block]]
+                problems.append(Problem(None, where, f"no such choice: {suggest(choice, allowed)}"))
         if problems:
             raise InputError(problems)
 
@@ -137,7 +138,8 @@ def _parse(text: str, file: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise InputError([Problem(Place(file, error.lineno, error.colno), "", f"not JSON: {error.msg}")]) from None
+        place = Place(file, error.lineno, error.colno)
+        raise InputError([Problem(place, "", f"not JSON: {error.msg}")]) from None
     except (RecursionError, ValueError):
         raise InputError([Problem(Place(file), "", "not JSON that updp can read")]) from None
 
@@ -145,7 +147,9 @@ def _parse(text: str, file: str) -> Any:
 def _from_data(data: Any, file: str) -> SubnetConfig:
     place = Place(file)
     if not isinstance(data, dict):
-        raise InputError([Problem(place, "", 'not a subnet: it must be {"version": 1, "spec": …, "choices": {…}}')])
+        raise InputError(
+            [Problem(place, "", 'allowed: {"version": 1, "spec": NAME, "choices": {BLOCK: RECIPE}}')]
+        )
     keys = ("version", "spec", "choices")
     problems = [Problem(place, "", f"unknown key: {suggest(key, keys)}") for key in data if key not in keys]
     problems += [Problem(place, "", f"the key {key!r} is missing") for key in keys if key not in data]

@@ -9,11 +9,16 @@ from pathlib import Path
 from updp.errors import UpdpError
 from updp.spec.files import load_spec
 
+_USAGE = """usage: python -m updp.spec FILE...
+
+Check spec files against the schema and against themselves.
+"""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Check the files and print every problem of every file."""
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
-        print("usage: python -m updp.spec FILE...\n\nCheck spec files against the schema and against themselves.")
+        print(_USAGE)
         return 0 if arguments else 2
     status = 0
     for argument in arguments:

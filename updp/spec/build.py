@@ -26,7 +26,7 @@ from updp.spec.language import (
     Step,
     Sum,
 )
-from updp.spec.settings import STAGES, Schedule, TrainSettings
+from updp.spec.settings import DEFAULT_SCHEDULE, STAGES, Schedule, TrainSettings
 from updp.spec.tree import Tree
 
 S = TypeVar("S")
@@ -59,8 +59,9 @@ def _strings(tree: Tree, key: str) -> tuple[str, ...]:
 def build_recipe(name: str, tree: Tree) -> Recipe:
     """A recipe whose ``extends`` has been resolved (see :func:`resolve_recipe`)."""
     empty = Tree({}, tree.place)
-    replace = {key: Replace(item.value, item.place) for key, item in (tree.get("replace") or empty).value.items()}
-    resize = {key: _resize(item) for key, item in (tree.get("resize") or empty).value.items()}
+    replaced, resized = (tree.get(key) or empty for key in ("replace", "resize"))
+    replace = {key: Replace(item.value, item.place) for key, item in replaced.value.items()}
+    resize = {key: _resize(item) for key, item in resized.value.items()}
     options = {key: tree.value[key].value for key in ("padding", "kind") if key in tree.value}
     merge = tree.get("merge")
     if merge is not None and merge.value != "all":
@@ -74,7 +75,8 @@ def _resize(tree: Tree) -> Resize:
     if not isinstance(tree.value, dict):
         return Resize(int(tree.value), place=tree.place)
     at = tree.get("at")
-    return Resize(int(tree.value["kernel"].value), Moment(0.0) if at is None else _moment(at.plain()), tree.place)
+    moment = Moment(fraction=0.0) if at is None else _moment(at.plain())
+    return Resize(int(tree.value["kernel"].value), moment, tree.place)
 
 
 def _moment(value: Any) -> Moment:
@@ -102,7 +104,7 @@ def _end_of(run: list[Tree]) -> list[Append]:
 
 
 def resolve_recipe(name: str, trees: Mapping[str, Tree]) -> Tree:
-    """Follow ``extends``: mappings are merged key by key, everything else is replaced. There must be no cycle."""
+    """Follow ``extends``: mappings are merged key by key, all else is replaced. There must be no cycle."""
     tree = trees[name]
     parent = tree.get("extends")
     if parent is None:
@@ -145,7 +147,7 @@ def build_data(tree: Tree | None) -> DataSettings:
     return replace_fields(DataSettings(), {} if tree is None else tree.plain())
 
 
-def build_schedule(values: Mapping[str, Any], start: Schedule = Schedule()) -> Schedule:
+def build_schedule(values: Mapping[str, Any], start: Schedule = DEFAULT_SCHEDULE) -> Schedule:
     """Plain, valid values of ``schedule`` on top of ``start``; ``train`` first, then each stage's own."""
     changes: dict[str, Any] = {key: values[key] for key in ("seed", "held_out") if key in values}
     for stage in STAGES:
@@ -158,7 +160,7 @@ def build_schedule(values: Mapping[str, Any], start: Schedule = Schedule()) -> S
 
 
 def replace_fields(instance: S, values: Mapping[str, Any]) -> S:
-    """``dataclasses.replace``, with ``1.0`` for an int and ``1`` for a float turned into what the field is."""
+    """``dataclasses.replace`` that also takes ``1.0`` for an int and ``1`` for a float."""
     hints = typing.get_type_hints(type(instance))
     changes = {key: _as_field(value, hints[key]) for key, value in values.items()}
     return dataclasses.replace(instance, **changes)  # type: ignore[type-var]

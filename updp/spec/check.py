@@ -1,4 +1,4 @@
-"""What is wrong with a spec beyond its schema: names that mean nothing, and numbers that contradict each other.
+"""What is wrong with a spec beyond its schema: names that mean nothing, numbers that contradict each other.
 
 Works on what the schema left usable, so that one run reports as many errors as can be known.
 """
@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from updp.errors import Place, Problem, suggest
 from updp.spec import build
-from updp.spec.language import Across, Flow, Opaque, Recipe, Step, Sum, names_in, walk
+from updp.spec.language import Flow, Opaque, Recipe, Step, Sum, names_in, walk
 from updp.spec.schema import TreePath, unit, where
 from updp.spec.settings import STAGES
 from updp.spec.tree import Tree
@@ -42,6 +42,7 @@ class _Check:
     """One check of one tree."""
 
     def __init__(self, tree: Tree, usable: Tree, damaged: set[TreePath]) -> None:
+        self.tree = tree
         self.damaged = damaged
         self.named = {section: _section(tree, section) for section in ("structures", "recipes")}
         self.trees: Mapping[str, Tree] = _section(usable, "recipes")
@@ -66,12 +67,14 @@ class _Check:
 
     def chain(self, name: str) -> list[str]:
         """The recipe, the one it extends, and so on; ends at the first that is missing or seen before."""
-        chain = [name]
-        while (tree := self.trees.get(chain[-1])) is not None and (extends := tree.get("extends")) is not None:
-            chain.append(extends.value)
-            if chain.count(extends.value) > 1:
-                break
-        return chain
+        chain: list[str] = []
+        while name not in chain and name in self.trees:
+            chain.append(name)
+            extends = self.trees[name].get("extends")
+            if extends is None:
+                return chain
+            name = extends.value
+        return [*chain, name]
 
     def resolved(self, name: str) -> Recipe | None:
         """The recipe with ``extends`` resolved, None if it cannot be."""
@@ -165,7 +168,7 @@ class _Check:
         for section, names in self.named.items():
             for name, tree in names.items():
                 if name not in used[section]:
-                    place = self.usable.value[section].keys[name] if section in self.usable.value else tree.place
+                    place = self.tree.value[section].keys.get(name, tree.place)
                     yield Problem(place, where((section, name)), "never used: no entry of `blocks` names it")
 
     def images(self) -> Iterator[Problem]:
@@ -177,7 +180,7 @@ class _Check:
         for key in ("mean", "std"):
             item = data.get(key)
             if item is not None and len(item.value) != channels:
-                message = f"got {len(item.value)} numbers, allowed: {channels}, one for each channel of `input`"
+                message = f"got {len(item.value)} numbers, allowed: {channels} (one for each input channel)"
                 yield Problem(item.place, where(("data", key)), message)
 
 
@@ -194,7 +197,7 @@ def _items(tree: Tree, name: str) -> list[Tree]:
 def _parts(flow: Flow) -> tuple[list[str], list[str]]:
     """Names of the steps and of the sums of a flow."""
     sums = [node.name for node in walk(flow) if isinstance(node, Sum) and node.name is not None]
-    steps = [node.path for node in walk(flow) if not isinstance(node, (Sum, Across)) and hasattr(node, "path")]
+    steps = [node.path for node in walk(flow) if isinstance(node, (Step, Opaque))]
     return list(dict.fromkeys(steps)), sums
 
 

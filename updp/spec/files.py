@@ -11,7 +11,7 @@ from updp.spec import build
 from updp.spec.check import cross_problems
 from updp.spec.language import ArchSpec
 from updp.spec.schema import load_schema, schema_problems, without
-from updp.spec.settings import Schedule
+from updp.spec.settings import DEFAULT_SCHEDULE
 from updp.spec.tree import MAX_BYTES, Tree, read_tree
 
 SUFFIXES = (".yaml", ".yml")
@@ -52,8 +52,8 @@ def _find(name_or_path: str | Path) -> tuple[Path, str]:
     if isinstance(name_or_path, str):
         names = list_specs()
         if name_or_path in names:
-            stem = specs_directory() / name_or_path
-            return next(p for p in (stem.with_name(stem.name + s) for s in SUFFIXES) if p.is_file()), name_or_path
+            shipped = (specs_directory() / f"{name_or_path}{suffix}" for suffix in SUFFIXES)
+            return next(file for file in shipped if file.is_file()), name_or_path
         if path.suffix not in SUFFIXES and not path.exists():
             hint = "" if len(path.parts) == 1 else ", or the path of a .yaml file"
             raise SpecError(f"no such spec: {suggest(name_or_path, names)}{hint}")
@@ -117,5 +117,5 @@ def _assemble(tree: Tree, text: str, file: str, name: str) -> ArchSpec:
         recipes=FrozenMap(recipes),
         blocks=tuple(build.build_group(item) for item in top["blocks"].value),
         data=build.build_data(top.get("data")),
-        schedule=build.build_schedule(top["schedule"].plain()) if "schedule" in top else Schedule(),
+        schedule=build.build_schedule(top["schedule"].plain()) if "schedule" in top else DEFAULT_SCHEDULE,
     )

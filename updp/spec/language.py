@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from updp.errors import Place
-from updp.spec.settings import Schedule
+from updp.spec.settings import DEFAULT_SCHEDULE, Schedule
 
 LAYERS = ("identity", "batchnorm", "relu", "relu6", "gelu", "silu", "hardswish")
 """Layers that ``replace`` may name; ``append`` may name all but ``identity``."""
@@ -32,8 +32,8 @@ class Step:
 class Opaque:
     """A step that is run as it is and never looked into.
 
-    ``enters`` and ``leaves`` are claims, to be tested: a diagonal before the step can be folded into every linear
-    operator in ``enters``, a diagonal after it into every one in ``leaves``.
+    ``enters`` and ``leaves`` are claims, to be tested: a diagonal before the step can be folded into the linear
+    operators in ``enters``, a diagonal after it into those in ``leaves``.
     """
 
     path: str
@@ -132,7 +132,7 @@ class Append:
 class Recipe:
     """How a structure becomes a pruned structure; ``extends`` is already resolved.
 
-    ``merge`` is ``"all"`` (every maximal affine run that the recipe touched) or lists of steps, each list one merge.
+    ``merge`` is ``"all"`` (every maximal affine run that the recipe touched) or lists of steps, each one merge.
     ``padding`` says where a merge puts the paddings: on the first operator, or where they are.
     A ``reparam`` recipe makes nothing shallower and stays out of the search.
     """
@@ -194,4 +194,4 @@ class ArchSpec:
     recipes: Mapping[str, Recipe]
     blocks: tuple[BlockGroup, ...]
     data: DataSettings = DataSettings()
-    schedule: Schedule = Schedule()
+    schedule: Schedule = DEFAULT_SCHEDULE

@@ -27,8 +27,7 @@ class _Matches:
 
     def children(self, path: str) -> list[str]:
         """Direct children of a module, in order of definition."""
-        prefix = f"{path}." if path else ""
-        return [n for n in self.names if n.startswith(prefix) and n and "." not in n[len(prefix) :] and n != path]
+        return [name for name in self.names if name.rpartition(".")[0] == path and name.rpartition(".")[1]]
 
     def members(self, block: str) -> list[str]:
         """The modules that a block stands for: itself, or the children that a slice takes."""
@@ -49,12 +48,12 @@ def match_blocks(
         lengths: number of children of each ``Sequential``, by path; only these can be sliced.
 
     Returns:
-        The blocks in order of definition, each with its group. A slice of a ``Sequential`` is a block that is named as
-        it is written, with all stars filled in: ``features[8:14]``.
+        The blocks in order of definition, each with its group. A slice of a ``Sequential`` is a block with the
+        name it is written with, all stars filled in: ``features[8:14]``.
 
     Raises:
-        SpecError: if a pattern matches nothing or a slice does not fit, if two groups match one block, or if one block
-            lies inside another. All such errors are reported together.
+        SpecError: if a pattern matches nothing or a slice does not fit, if two groups match one block, or if one
+            block lies inside another. All such errors are reported together.
     """
     matches = _Matches(names, lengths)
     owners: dict[str, tuple[BlockGroup, Place | None]] = {}
@@ -109,9 +108,7 @@ def _match_pattern(pattern: str, place: Place | None, where: str, matches: _Matc
     return [f"{name}[{first}:{end}]" for name in found if _can_slice(name, first, end, place, where, matches)]
 
 
-def _can_slice(
-    name: str, first: int, end: int, place: Place | None, where: str, matches: _Matches
-) -> bool:
+def _can_slice(name: str, first: int, end: int, place: Place | None, where: str, matches: _Matches) -> bool:
     if name not in matches.lengths:
         message = f"{name!r} is not a Sequential, only a Sequential can be sliced"
     elif not first < end <= matches.lengths[name]:
@@ -133,7 +130,8 @@ def _find_overlaps(owners: Mapping[str, tuple[BlockGroup, Place | None]], matche
             taken[member] = block
     for member, block in taken.items():
         parts = member.split(".")
-        outer = next((taken[".".join(parts[:i])] for i in range(1, len(parts)) if ".".join(parts[:i]) in taken), None)
+        above = (".".join(parts[:count]) for count in range(1, len(parts)))
+        outer = next((taken[module] for module in above if module in taken), None)
         if outer is not None and outer != block:
             message = f"{block!r} lies inside the block {outer!r}: {_origin(*owners[outer])}"
             matches.problems.append(Problem(owners[block][1], "blocks", message))

@@ -1,7 +1,7 @@
 """What ``specs/schema.json`` finds wrong with a tree, said so that a person can act on it.
 
-The library's own messages are for programmers: where several forms are allowed it shows all of them. Here the form that the
-author most likely meant is found first, and what is wrong with that one is told.
+The library's own messages are for programmers: where several forms are allowed it shows all of them. Here the form
+that the author most likely meant is found first, and what is wrong with that one is told.
 """
 
 from __future__ import annotations
@@ -105,11 +105,10 @@ def _most_relevant(error: ValidationError) -> Iterator[ValidationError]:
         forms.setdefault(int(inner.relative_schema_path[0]), []).append(inner)
     fitting = {index: inner for index, inner in forms.items() if not any(map(_is_other_kind, inner))}
     if len(fitting) > 1:
-        missing = {index: sum(_is_at_top(e) and e.validator == "required" for e in fitting[index]) for index in fitting}
-        known = {index: _known_keys(error.validator_value[index], error.instance) for index in fitting}
-        best = max(fitting, key=lambda index: (known[index], -missing[index]))
-        is_clear = known[best] > 0 and all(known[index] == 0 for index in fitting if index != best)
-        fitting = {best: fitting[best]} if is_clear else {}
+        listed: Any = error.validator_value
+        fitting = {
+            index: inner for index, inner in fitting.items() if _has_own_key(listed[index], error.instance)
+        }
     if len(fitting) != 1:
         yield error
         return
@@ -130,24 +129,27 @@ def _is_other_kind(error: ValidationError) -> bool:
     return error.validator == "type"
 
 
-def _known_keys(form: dict[str, Any], value: Any) -> int:
-    return len(set(form.get("required", ())) & set(value)) if isinstance(value, dict) else 0
+def _has_own_key(form: dict[str, Any], value: Any) -> bool:
+    """Whether the value has a key that tells this form from the others."""
+    return isinstance(value, dict) and bool(set(form.get("required", ())) & set(value))
 
 
 def _render(error: ValidationError, tree: Tree) -> Iterator[tuple[TreePath, Problem]]:
     path: TreePath = tuple(error.absolute_path)
     node = _descend(tree, path)
+    schema: Any = error.schema
+    listed: Any = error.validator_value
     if "propertyNames" in error.absolute_schema_path and isinstance(error.instance, str):
         key = error.instance
         yield (*path, key), Problem(node.keys[key], where(path), f"the key {_message(error)}")
     elif error.validator == "additionalProperties":
-        known = error.schema.get("properties", {})
+        known = schema.get("properties", {})
         for key in node.value:
             if key not in known:
                 problem = Problem(node.keys[key], where(path), f"unknown key: {suggest(key, known)}")
                 yield (*path, key), problem
     elif error.validator == "required":
-        for key in error.validator_value:
+        for key in listed:
             if key not in node.value:
                 yield path, Problem(node.place, where(path), f"the key {key!r} is missing")
     elif error.validator == "uniqueItems":
@@ -161,20 +163,23 @@ def _render(error: ValidationError, tree: Tree) -> Iterator[tuple[TreePath, Prob
 
 
 def _message(error: ValidationError) -> str:
-    got, limit = error.instance, error.validator_value
+    got: Any = error.instance
+    limit: Any = error.validator_value
+    schema: Any = error.schema
     if error.validator == "enum":
         return _one_of(got, limit)
     if error.validator == "const":
         return _one_of(got, [limit])
     if error.validator == "type":
         kinds = [limit] if isinstance(limit, str) else limit
-        return f"got {_with_kind(got)}, allowed: {' or '.join(_TYPES[kind] for kind in kinds)}{_hint(got, kinds)}"
+        allowed = " or ".join(_TYPES[kind] for kind in kinds)
+        return f"got {_with_kind(got)}, allowed: {allowed}{_hint(got, kinds)}"
     if error.validator in _LIMITS:
         shown = len(got) if error.validator in ("minItems", "maxItems", "minProperties") else show(got)
         return f"got {shown}, allowed: {_LIMITS[error.validator].format(limit)}"
     if error.validator == "anyOf":
         return f"got {_with_kind(got)}, allowed: {_forms(limit)}{_nearest_key(got, limit)}"
-    return f"got {show(got)}, allowed: {error.schema.get('description', 'something else')}"
+    return f"got {show(got)}, allowed: {schema.get('description', 'something else')}"
 
 
 def _one_of(got: Any, allowed: Iterable[Any]) -> str:

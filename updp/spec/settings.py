@@ -1,4 +1,7 @@
-"""The schedule of a spec: how each stage trains and searches. Ranges and meanings are in ``specs/schema.json``."""
+"""The schedule of a spec: how each stage trains and searches.
+
+``specs/schema.json`` says what the settings mean and which values they may have.
+"""
 
 from __future__ import annotations
 
@@ -64,3 +67,7 @@ class Schedule:
     finetune: TrainSettings = TrainSettings(epochs=300)
     search: SearchSettings = SearchSettings()
     blend: BlendSettings = BlendSettings()
+
+
+DEFAULT_SCHEDULE = Schedule()
+"""The schedule of a spec that says nothing about it."""

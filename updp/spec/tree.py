@@ -1,7 +1,8 @@
 """YAML text -> a tree of values that know their line and column.
 
-Stricter than YAML: the scalars of the YAML 1.2 core schema (so ``1e-3`` is a number and ``no`` a string), no tags, no
-duplicate keys, string keys only, and limits on size, depth and what aliases expand to, so that no file can be a bomb.
+Stricter than YAML: the scalars of the YAML 1.2 core schema (so ``1e-3`` is a number and ``no`` a string), no tags,
+no duplicate keys, string keys only, and limits on size, depth and what aliases expand to, so that no file can be a
+bomb.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 @dataclass
 class Tree:
-    """A YAML node: a scalar, a list of trees or a dictionary of trees; ``keys`` has the places of the keys."""
+    """A YAML node: a scalar, a list of trees or a dictionary of trees. ``keys`` has the places of the keys."""
 
     value: Any
     place: Place
@@ -110,7 +111,7 @@ def read_value(text: str, file: str) -> Tree:
     """Parse one YAML document; an empty one is null.
 
     Raises:
-        SpecError: for anything that is not plain data in one document; all duplicate keys are reported together.
+        SpecError: for anything but plain data in one document; all duplicate keys are reported together.
     """
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise SpecError([Problem(Place(file), "", f"the file is larger than {MAX_BYTES // 1024} KiB")])
@@ -155,7 +156,8 @@ class _Composer:
         return Tree(None, Place(self.file)) if tree is None else tree
 
     def place(self, event: yaml.Event) -> Place:
-        return Place(self.file, event.start_mark.line + 1, event.start_mark.column + 1)
+        mark = event.start_mark
+        return Place(self.file) if mark is None else Place(self.file, mark.line + 1, mark.column + 1)
 
     def fail(self, event: yaml.Event, message: str) -> NoReturn:
         raise SpecError([*self.problems, Problem(self.place(event), "", message)])
@@ -180,7 +182,8 @@ class _Composer:
         if isinstance(event, yaml.ScalarEvent):
             tree = self.leaf(event)
         elif isinstance(event, yaml.SequenceStartEvent):
-            tree = Tree([self.node(item, depth + 1) for item in self.until(yaml.SequenceEndEvent)], self.place(event))
+            items = [self.node(item, depth + 1) for item in self.until(yaml.SequenceEndEvent)]
+            tree = Tree(items, self.place(event))
         else:
             tree = self.mapping(event, depth)
         if event.anchor is not None:
@@ -222,7 +225,7 @@ class _Composer:
                 self.problems.append(Problem(key.place, "", _key_message(key)))
             elif key.value in tree.value:
                 first = tree.keys[key.value]
-                message = f"the key {key.value!r} is there already, in line {first.line}, column {first.column}"
+                message = f"the key {key.value!r} is there already, at {first}"
                 self.problems.append(Problem(key.place, "", message))
             else:
                 tree.value[key.value] = value
