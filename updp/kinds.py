@@ -1,0 +1,158 @@
+"""What the engine knows about a module: its kind, the layout it needs, and its affine form in eval mode.
+
+One table. A kind is read off the module, never off an architecture: adding one means adding a row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import timm.layers as timm_layers
+from timm.layers.norm import LayerNormExp2d
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from updp import affine
+from updp.affine import Affine
+from updp.layers import Layout, Negate, Pad, Scale, conv_padding
+
+KindName: TypeAlias = Literal[
+    "conv", "linear", "batchnorm", "norm", "norm_act", "activation", "scale", "drop", "identity", "pad", "negate", "opaque"
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``layout`` None: works in either. ``affine(module, channels)`` gives the eval-mode operator in float64."""
+
+    name: KindName
+    layout: Layout | None = None
+    affine: Callable[[nn.Module, int], Affine] | None = None
+
+    @property
+    def is_operator(self) -> bool:
+        """Counts in depth: a convolution or a linear layer."""
+        return self.name in ("conv", "linear")
+
+    @property
+    def is_diagonal(self) -> bool:
+        """A per-channel scale and shift, to be fused into a neighbour."""
+        return self.name in ("batchnorm", "scale", "negate")
+
+    @property
+    def vanishes(self) -> bool:
+        """Computes nothing in eval mode."""
+        return self.name in ("drop", "identity")
+
+
+def _double(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().double()
+
+
+def _conv(module: nn.Module, channels: int) -> Affine:
+    assert isinstance(module, nn.Conv2d)
+    padding = conv_padding(module)
+    assert padding is not None
+    taps = getattr(module, "taps", None)
+    stride, dilation = module.stride, module.dilation
+    return Affine(
+        module.weight.detach().double(), _double(module.bias), (stride[0], stride[1]), padding,
+        (dilation[0], dilation[1]), module.groups, _double(taps),
+    )  # fmt: skip
+
+
+def _linear(module: nn.Module, channels: int) -> Affine:
+    assert isinstance(module, nn.Linear)
+    return Affine(module.weight.detach().double()[:, :, None, None], _double(module.bias))
+
+
+def _batchnorm(module: nn.Module, channels: int) -> Affine:
+    assert isinstance(module, _BatchNorm)
+    mean, var = _double(module.running_mean), _double(module.running_var)
+    assert mean is not None and var is not None
+    return affine.batchnorm(mean, var, _double(module.weight), _double(module.bias), module.eps)
+
+
+def scale_parameter(module: nn.Module) -> nn.Parameter:
+    """The factor of a layer scale, whatever its module calls it."""
+    value = module.weight if isinstance(module, Scale) else module.gamma
+    assert isinstance(value, nn.Parameter)
+    return value
+
+
+def _scale(module: nn.Module, channels: int) -> Affine:
+    return affine.diagonal(scale_parameter(module).detach().double())
+
+
+def _identity(module: nn.Module, channels: int) -> Affine:
+    return affine.identity(channels)
+
+
+def _pad(module: nn.Module, channels: int) -> Affine:
+    assert isinstance(module, Pad)
+    return affine.pad(channels, module.padding)
+
+
+def _negate(module: nn.Module, channels: int) -> Affine:
+    return affine.negate(channels)
+
+
+_NORMS_FIRST = (
+    nn.GroupNorm, timm_layers.LayerNorm2d, timm_layers.LayerNorm2dFp32, LayerNormExp2d,
+    timm_layers.RmsNorm2d, timm_layers.SimpleNorm2d,
+)  # fmt: skip
+_NORMS_LAST = (nn.LayerNorm, timm_layers.RmsNorm, timm_layers.SimpleNorm)
+_ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.ELU,
+    nn.LeakyReLU, nn.PReLU, nn.Softplus, timm_layers.activations.GELU, timm_layers.activations.GELUTanh,
+    timm_layers.activations.QuickGELU, timm_layers.activations.Swish, timm_layers.activations.Mish,
+    timm_layers.activations.HardSwish, timm_layers.activations.HardMish, timm_layers.activations.Sigmoid,
+    timm_layers.activations.Tanh, timm_layers.activations.HardSigmoid,
+)  # fmt: skip
+_DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, timm_layers.DropPath, timm_layers.DropBlock2d)
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """The kind of a module; unknown modules and containers are opaque: run as they are, never merged."""
+    if isinstance(module, nn.Conv2d):
+        return Kind("conv", "first", _conv) if conv_padding(module) is not None else Kind("opaque", "first")
+    if isinstance(module, nn.Linear):
+        return Kind("linear", "last", _linear)
+    if isinstance(module, BatchNormAct2d):
+        return Kind("norm_act", "first")
+    return _norm_kind(module) or _simple_kind(module) or Kind("opaque")
+
+
+def _norm_kind(module: nn.Module) -> Kind | None:
+    if isinstance(module, _BatchNorm):
+        own = hasattr(module, "layout")  # updp's own batch norm works in either layout
+        fixed = module.running_mean is not None
+        return Kind("batchnorm", None if own else "first", _batchnorm) if fixed else Kind("norm")
+    if isinstance(module, _NORMS_FIRST):
+        return Kind("norm", "first")
+    if isinstance(module, _NORMS_LAST):
+        return Kind("norm", "last")
+    return None
+
+
+def _simple_kind(module: nn.Module) -> Kind | None:
+    if isinstance(module, nn.Identity):
+        return Kind("identity", None, _identity)
+    if isinstance(module, _DROPS):
+        return Kind("drop", None, _identity)
+    if isinstance(module, _ACTIVATIONS):
+        return Kind("activation")
+    if isinstance(module, Scale):
+        return Kind("scale", None, _scale)
+    if isinstance(module, timm_layers.LayerScale):
+        return Kind("scale", "last", _scale)
+    if isinstance(module, timm_layers.LayerScale2d):
+        return Kind("scale", "first", _scale)
+    if isinstance(module, Pad):
+        return Kind("pad", "first", _pad)
+    if isinstance(module, Negate):
+        return Kind("negate", None, _negate)
+    return None

@@ -1,0 +1,538 @@
+"""A structure and a recipe become a pruned flow: what is replaced, resized, appended, and which parts merge.
+
+The pruned flow shares the baseline's convolutions and linear layers. Every norm in it is its own copy, because it
+sees other inputs; appended layers and resized weights are new.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from updp.affine import NO_PADS, Padding, Same, centre_crop
+from updp.errors import MergeError, Place, Problem, SpecError, suggest
+from updp.flow import Across, Call, FlowModule, Node, Nodes, Parallel, Run, children, rebuild, walk
+from updp.kinds import kind_of
+from updp.layers import BatchNorm, Layout, Pad, conv_padding, make_conv
+from updp.spec import Recipe, Resize
+from updp.structure import BoundBlock, evaluating
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU, "relu6": nn.ReLU6, "gelu": nn.GELU, "silu": nn.SiLU, "hardswish": nn.Hardswish,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution's own stride and padding, before the recipe moves them."""
+
+    stride: tuple[int, int]
+    padding: Padding
+
+
+class PrunedFlow(FlowModule):
+    """The flow of one pruned block under one recipe: trainable, and ready to be merged.
+
+    `resize` makes the kernel changes that are due; everything else is as in `FlowModule`.
+    """
+
+    def __init__(self, draft: _Draft, recipe: Recipe) -> None:
+        super().__init__((), {}, draft.entry, draft.extras)
+        self.recipe = recipe
+        self.appended = tuple(draft.appended)
+        self._shared = draft.shared
+        self._chained = draft.nodes
+        self._geometry = draft.geometry
+        self._pending = dict(draft.pending)
+        self._lay_out(draft.parts)
+        self.train(draft.training)
+
+    def _lay_out(self, parts: Mapping[str, nn.Module]) -> None:
+        """Move padding to the front of every run and stride to its end, and wire the result."""
+        parts = dict(parts)
+        nodes = self._chained
+        if self.recipe.padding == "first":
+            nodes = _move_padding(nodes, parts, self._geometry)
+        self.rewire(nodes, parts)
+
+    def norms(self) -> Iterator[nn.Module]:
+        """The batch norms whose statistics belong to this flow."""
+        for name, part in self.named_parts.items():
+            if isinstance(part, _BatchNorm) and name not in self._shared:
+                yield part
+
+    @property
+    def pending(self) -> dict[str, Resize]:
+        """Kernel changes still to come."""
+        return dict(self._pending)
+
+    def resize(self, progress: float, epochs: int = 0) -> list[str]:
+        """Make the kernel changes whose moment has come (UPDP: 3x3 -> its centre tap at epoch 100 of 150).
+
+        Args:
+            progress: position in finetuning, 0..1.
+            epochs: its length, for moments given as an epoch.
+
+        Returns:
+            The steps whose weights were replaced; the optimizer must be told.
+        """
+        due = [step for step, change in self._pending.items() if change.at.progress(epochs) <= progress]
+        if not due:
+            return []
+        parts = self.named_parts
+        for step in due:
+            change = self._pending.pop(step)
+            conv = parts[step]
+            assert isinstance(conv, nn.Conv2d)
+            self._geometry[step] = _crop(parts, step, conv, self._geometry[step], change.kernel)
+        self._lay_out(parts)
+        return due
+
+
+def prune(block: BoundBlock, recipe: Recipe, *, resized: bool = False) -> PrunedFlow:
+    """Build the pruned flow of a block.
+
+    Args:
+        resized: make every kernel change now, whatever its moment: the final shape.
+
+    Raises:
+        SpecError: the recipe names a step that this block does not have, or asks for what does not fit.
+        MergeError: a run that the recipe merges cannot be composed exactly.
+    """
+    draft = _Draft(block, recipe)
+    draft.split_norm_acts()
+    draft.own_norms()
+    draft.replace_steps()
+    draft.append_layers()
+    draft.chain_runs()
+    draft.resize_now(all_of_them=resized)
+    flow = PrunedFlow(draft, recipe)
+    return flow
+
+
+class _Draft:
+    """A flow under construction: nodes, parts, and what the recipe touched."""
+
+    def __init__(self, block: BoundBlock, recipe: Recipe) -> None:
+        self.block, self.recipe = block, recipe
+        self.nodes: Nodes = block.flow.nodes
+        self.parts: dict[str, nn.Module] = dict(block.flow.named_parts)
+        self.shared = set(self.parts)
+        self.entry: Layout = block.flow.entry
+        self.extras = block.flow.extras
+        self.training = block.flow.training
+        self.touched: set[str] = set()
+        self.appended: list[str] = []
+        self.pending: dict[str, Resize] = {}
+        self.geometry: dict[str, Geometry] = {}
+        example = next((p for p in block.module.parameters()), torch.zeros(()))
+        self.factory = {"device": example.device, "dtype": example.dtype}
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Conv2d) and (padding := conv_padding(part)) is not None:
+                self.geometry[name] = Geometry((part.stride[0], part.stride[1]), padding)
+
+    def problem(self, place: Place | None, message: str) -> SpecError:
+        return SpecError([Problem(place, f"recipes.{self.recipe.name}", f"block {self.block.name}: {message}")])
+
+    def split_norm_acts(self) -> None:
+        """`BatchNormAct2d` becomes a norm, its dropout and its activation, so that each can be replaced."""
+
+        def split(nodes: Nodes) -> Nodes:
+            out: list[Node] = []
+            for node in nodes:
+                out.append(rebuild(node, split))
+                if isinstance(node, Call) and kind_of(self.parts[node.name]).name == "norm_act":
+                    for inner in ("drop", "act"):
+                        module = getattr(self.parts[node.name], inner)
+                        self.parts[f"{node.name}.{inner}"] = module
+                        self.shared.add(f"{node.name}.{inner}")
+                        out.append(Call(f"{node.name}.{inner}"))
+            return tuple(out)
+
+        self.nodes = split(self.nodes)
+
+    def own_norms(self) -> None:
+        """Copies of every norm: weights start from the baseline's, statistics are this flow's own."""
+        for name, part in list(self.parts.items()):
+            kind = kind_of(part).name
+            if kind in ("batchnorm", "norm_act"):
+                assert isinstance(part, _BatchNorm)
+                self.own(name, _copy_batchnorm(part))
+            elif kind == "norm":
+                self.own(name, copy.deepcopy(part))
+
+    def own(self, name: str, module: nn.Module) -> None:
+        module.train(self.training)
+        self.parts[name] = module
+        self.shared.discard(name)
+
+    def replace_steps(self) -> None:
+        channels: dict[str, int] | None = None
+        for name, change in self.recipe.replace.items():
+            if name not in self.parts:
+                if self._is_optional(name):
+                    continue
+                raise self.problem(change.place, f"replace: {suggest(name, self.parts)}")
+            if change.target == "batchnorm":
+                channels = channels if channels is not None else self.channels_at()
+                self.own(name, self.new_batchnorm(channels[name], self.parts[name]))
+            else:
+                self.own(name, _new_layer(change.target))
+            self.touched.add(name)
+
+    def _is_optional(self, name: str) -> bool:
+        return name in self.block.optional or name.rsplit(".", 1)[0] in self.block.optional
+
+    def channels_at(self) -> dict[str, int]:
+        """Channels of the input of every step, from one run of the declared flow."""
+        found: dict[str, int] = {}
+        handles = []
+        flow = self.block.flow
+        for name, part in flow.named_parts.items():
+            layout = kind_of(part).layout
+
+            def note(module: nn.Module, args: tuple[Tensor, ...], name: str = name, layout: str | None = layout) -> None:
+                x = args[0]
+                here = layout or getattr(module, "layout", None) or _nearest_layout(flow, name)
+                found.setdefault(name, x.shape[1] if here == "first" and x.dim() == 4 else x.shape[-1])
+
+            handles.append(part.register_forward_pre_hook(note))
+        with evaluating(flow), torch.no_grad():
+            flow(torch.zeros(self.block.input_shape, **self.factory))  # type: ignore[arg-type]
+        for handle in handles:
+            handle.remove()
+        for name in self.parts:  # the pieces of a split norm-act
+            found.setdefault(name, found.get(name.rsplit(".", 1)[0], 0))
+        return found
+
+    def new_batchnorm(self, channels: int, old: nn.Module | None = None) -> BatchNorm:
+        """A fresh batch norm; one that takes another norm's place keeps that norm's weight and bias."""
+        norm = BatchNorm(channels, **self.factory)  # type: ignore[arg-type]
+        if old is not None and kind_of(old).name in ("norm", "batchnorm", "norm_act"):
+            for name in ("weight", "bias"):
+                if (value := getattr(old, name, None)) is not None:
+                    getattr(norm, name).data.copy_(value.data)
+        return norm
+
+    def append_layers(self) -> None:
+        for item in self.recipe.append:
+            calls = []
+            for layer in item.layers:
+                name = f"append.{len(self.appended)}"
+                module = self.new_batchnorm(self.block.channels[1]) if layer == "batchnorm" else _new_layer(layer)
+                if layer == "batchnorm" and item.after is not None:
+                    module = self.new_batchnorm(self._channels_after(item.after, item.place))
+                self.own(name, module)
+                self.appended.append(name)
+                calls.append(Call(name))
+            self.nodes = self._insert(item.after, tuple(calls), item.place)
+
+    def _channels_after(self, step: str, place: Place | None) -> int:
+        """Output channels of a step, told by the next operator before it."""
+        found = self.block.channels[0]
+        for node in walk(self.nodes):
+            if isinstance(node, Call):
+                found = _out_channels(self.parts[node.name]) or found
+            if getattr(node, "name", None) == step and isinstance(node, Call):
+                return found
+            if isinstance(node, Parallel) and node.name == step:
+                inner = [_out_channels(self.parts[n.name]) for f in node.flows for n in walk(f) if isinstance(n, Call)]
+                return next((c for c in reversed(inner) if c), found)
+        raise self.problem(place, f"append after: {suggest(step, self.names())}")
+
+    def _insert(self, after: str | None, calls: Nodes, place: Place | None) -> Nodes:
+        if after is None:
+            return self.nodes + calls
+        placed = False
+
+        def put(nodes: Nodes) -> Nodes:
+            nonlocal placed
+            out: list[Node] = []
+            for node in nodes:
+                out.append(rebuild(node, put))
+                if isinstance(node, Call | Parallel) and node.name == after:
+                    out += calls
+                    placed = True
+            return tuple(out)
+
+        nodes = put(self.nodes)
+        if not placed:
+            raise self.problem(place, f"append after: {suggest(after, self.names())}")
+        return nodes
+
+    def names(self) -> list[str]:
+        return [node.name for node in walk(self.nodes) if isinstance(node, Call | Parallel) and node.name]
+
+    def resize_now(self, all_of_them: bool) -> None:
+        for name, change in self.recipe.resize.items():
+            conv = self.parts.get(name)
+            if conv is None or name not in self.geometry:
+                convs = [n for n in self.parts if n in self.geometry]
+                raise self.problem(change.place, f"resize: {suggest(name, convs)}")
+            assert isinstance(conv, nn.Conv2d)
+            if change.kernel > min(conv.kernel_size):
+                raise self.problem(change.place, f"resize: {name} is {conv.kernel_size[0]}x{conv.kernel_size[1]} already")
+            if conv.kernel_size == (change.kernel, change.kernel):
+                continue
+            if all_of_them or change.at.fraction == 0.0 or change.at.epoch == 0:
+                self.geometry[name] = _crop(self.parts, name, conv, self.geometry[name], change.kernel)
+                self.shared.discard(name)
+            else:
+                self.pending[name] = change
+            self.touched.add(name)
+
+    def chain_runs(self) -> None:
+        """Wrap every chain that merges in a `Run`."""
+        self.touched |= set(self.recipe.resize)
+        if self.recipe.merge == "all":
+            self.nodes = self._wrap_maximal(self.nodes)
+        else:
+            for index, names in enumerate(self.recipe.merge):
+                self.nodes = self._wrap_named(self.nodes, names, index)
+
+    def _wrap_maximal(self, nodes: Nodes) -> Nodes:
+        """Every maximal affine run that the recipe touched."""
+        out: list[Node] = []
+        chain: list[Node] = []
+        for node in (*nodes, None):
+            if node is not None and self.is_affine(node):
+                chain.append(node)
+                continue
+            out += self._close(chain)
+            chain = []
+            if node is not None:
+                out.append(rebuild(node, self._wrap_maximal))
+        return tuple(out)
+
+    def _close(self, chain: list[Node]) -> list[Node]:
+        calls = [node.name for node in walk(tuple(chain)) if isinstance(node, Call)]
+        operators = sum(kind_of(self.parts[name]).is_operator for name in calls)
+        sums = any(isinstance(node, Parallel) for node in walk(tuple(chain)))
+        if self.touched.isdisjoint(calls) or operators + sums < 2:
+            return chain
+        return [Run(tuple(chain))]
+
+    def _wrap_named(self, nodes: Nodes, names: tuple[str, ...], index: int) -> Nodes:
+        place = (self.recipe.merge_places[index] or (self.recipe.place,))[0] if self.recipe.merge_places else None
+        for name in names:
+            if name not in self.names():
+                raise self.problem(place, f"merge: {suggest(name, self.names())}")
+
+        def wrap(flow: Nodes) -> Nodes:
+            here = [i for i, node in enumerate(flow) if isinstance(node, Call | Parallel) and node.name in names]
+            if len(here) != len(names):
+                return tuple(rebuild(node, wrap) for node in flow)
+            chain = flow[min(here) : max(here) + 1]
+            for node in chain:
+                if not self.is_affine(node):
+                    what = getattr(node, "name", None) or type(node).__name__
+                    raise self.problem(place, f"merge: {what!r} between {names[0]!r} and {names[-1]!r} is not affine")
+            return (*flow[: min(here)], Run(chain), *flow[max(here) + 1 :])
+
+        wrapped = wrap(nodes)
+        if wrapped == nodes:
+            raise self.problem(place, f"merge: {', '.join(names)} are not steps of one flow")
+        return wrapped
+
+    def is_affine(self, node: Node) -> bool:
+        if isinstance(node, Call):
+            return kind_of(self.parts[node.name]).affine is not None
+        if isinstance(node, Parallel):
+            return all(self.is_affine(inner) for flow in node.flows for inner in flow)
+        return isinstance(node, Run)
+
+
+def _nearest_layout(flow: FlowModule, name: str) -> str:
+    """The layout around a step that works in either: what the program has reached there."""
+
+    def search(program: Nodes, current: str) -> str | None:
+        for node in program:
+            if isinstance(node, Call):
+                if node.name == name:
+                    return current
+            elif hasattr(node, "layout"):
+                current = node.layout
+            else:
+                for inner in children(node):
+                    if (found := search(inner, current)) is not None:
+                        return found
+        return None
+
+    return search(flow.program, flow.entry) or flow.entry
+
+
+def _new_layer(name: str) -> nn.Module:
+    return nn.Identity() if name == "identity" else _ACTIVATIONS[name]()
+
+
+def _copy_batchnorm(norm: _BatchNorm) -> BatchNorm:
+    own = BatchNorm(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats,
+        device=_device(norm), dtype=_dtype(norm),
+    )  # fmt: skip
+    own.load_state_dict({k: v for k, v in norm.state_dict().items() if k in own.state_dict()})
+    return own
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    tensors: Iterable[Tensor] = (*module.parameters(), *module.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
+
+
+def _out_channels(module: nn.Module) -> int | None:
+    for attribute in ("out_channels", "out_features", "num_features"):
+        if isinstance(value := getattr(module, attribute, None), int):
+            return value
+    return None
+
+
+def _crop(
+    parts: dict[str, nn.Module], name: str, conv: nn.Conv2d, geometry: Geometry, size: int
+) -> Geometry:
+    """Put the centre crop of a convolution in its place; its padding shrinks with it. Returns its new geometry."""
+    weight = nn.Parameter(centre_crop(conv.weight.detach(), size), requires_grad=conv.weight.requires_grad)
+    bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
+    dilation = (conv.dilation[0], conv.dilation[1])
+    padding = _cropped_padding(geometry.padding, (conv.kernel_size[0], conv.kernel_size[1]), size, dilation)
+    parts[name] = make_conv(
+        weight, bias, stride=geometry.stride, pads=padding, dilation=dilation, groups=conv.groups
+    ).train(conv.training)
+    return Geometry(geometry.stride, padding)
+
+
+def _cropped_padding(padding: Padding, old: tuple[int, int], size: int, dilation: tuple[int, int]) -> Padding:
+    if isinstance(padding, Same):
+        return replace(padding, kernel_size=(size, size))
+    out = []
+    for axis in (0, 1):
+        before = (old[axis] - size) // 2 * dilation[axis]
+        after = (old[axis] - size) * dilation[axis] - before
+        out += [padding[2 * axis] - before, padding[2 * axis + 1] - after]
+    if min(out) < 0:
+        raise MergeError(f"resize: {old[0]}x{old[1]} with padding {padding} has no centre {size}x{size} of equal output")
+    return (out[0], out[1], out[2], out[3])
+
+
+# --- padding to the front of a run, stride to its end (UPDP; DepthShrinker 4.4) ---------------------------------------
+
+
+def _move_padding(nodes: Nodes, parts: dict[str, nn.Module], geometry: Mapping[str, Geometry]) -> Nodes:
+    out: list[Node] = []
+    for node in nodes:
+        if isinstance(node, Run):
+            out.append(Run(_move_in_chain(node.flow, parts, geometry)))
+        else:
+            out.append(rebuild(node, lambda flow: _move_padding(flow, parts, geometry)))
+    return tuple(out)
+
+
+def _move_in_chain(chain: Nodes, parts: dict[str, nn.Module], geometry: Mapping[str, Geometry]) -> Nodes:
+    """One chain of a run; the branches of its sums are chains of their own."""
+    inner = tuple(rebuild(node, lambda flow: _move_in_chain(flow, parts, geometry)) for node in chain)
+    convs = [node.name for node in chain if isinstance(node, Call) and node.name in geometry]
+    for name in convs:  # an earlier layout may have moved them: start from their own geometry
+        _set_geometry(parts, name, geometry[name].stride, geometry[name].padding)
+    padded = [name for name in convs if geometry[name].padding != NO_PADS]
+    alone_in_front = bool(padded) and padded == convs[:1] and _is_first_effect(chain, convs, parts)
+    strides_move = _stride_must_move(convs, parts, geometry)
+    if not padded or (alone_in_front and not strides_move):
+        if strides_move:
+            _move_strides(convs, parts, geometry)
+        return inner
+    total = _total_padding(padded, convs, parts, geometry)
+    for name in convs:
+        _set_geometry(parts, name, geometry[name].stride, NO_PADS)
+    if strides_move:
+        _move_strides(convs, parts, geometry)
+    name = f"pad.{padded[0]}"
+    parts[name] = Pad(total)
+    return (Call(name), *inner)
+
+
+def _is_first_effect(chain: Nodes, convs: list[str], parts: Mapping[str, nn.Module]) -> bool:
+    """Whether nothing but identities stands before the chain's first convolution."""
+    for node in chain:
+        if not isinstance(node, Call):
+            return False
+        if node.name == convs[0]:
+            return True
+        if not kind_of(parts[node.name]).vanishes:
+            return False
+    return False
+
+
+def _wide(name: str, parts: Mapping[str, nn.Module]) -> bool:
+    conv = parts[name]
+    assert isinstance(conv, nn.Conv2d)
+    return max(conv.kernel_size) > 1
+
+
+def _stride_must_move(convs: list[str], parts: Mapping[str, nn.Module], geometry: Mapping[str, Geometry]) -> bool:
+    """A stride stays where nothing behind it is wider than 1x1: moving it would only cost training compute."""
+    for i, name in enumerate(convs):
+        if geometry[name].stride != (1, 1):
+            return any(_wide(later, parts) or geometry[later].padding != NO_PADS for later in convs[i + 1 :])
+    return False
+
+
+def _move_strides(convs: list[str], parts: dict[str, nn.Module], geometry: Mapping[str, Geometry]) -> None:
+    total = _total_stride(convs, geometry)
+    last = [name for name in convs if _wide(name, parts)][-1]
+    for name in convs:
+        conv = parts[name]
+        assert isinstance(conv, nn.Conv2d)
+        padding = conv_padding(conv)
+        assert padding is not None
+        _set_geometry(parts, name, total if name == last else (1, 1), padding)
+
+
+def _total_stride(convs: list[str], geometry: Mapping[str, Geometry]) -> tuple[int, int]:
+    height = width = 1
+    for name in convs:
+        height, width = height * geometry[name].stride[0], width * geometry[name].stride[1]
+    return height, width
+
+
+def _total_padding(
+    padded: list[str], convs: list[str], parts: Mapping[str, nn.Module], geometry: Mapping[str, Geometry]
+) -> Padding:
+    """Paddings add unweighted, because the stride moves to the end; SAME is that of the composed convolution."""
+    dynamic = [name for name in padded if isinstance(geometry[name].padding, Same)]
+    if not dynamic:
+        sums = [0, 0, 0, 0]
+        for name in padded:
+            for i, value in enumerate(geometry[name].padding):  # type: ignore[arg-type]
+                sums[i] += value
+        return (sums[0], sums[1], sums[2], sums[3])
+    if len(dynamic) != len(padded):
+        raise MergeError(f"SAME padding of {dynamic[0]} mixed with fixed padding in one run has no fixed alignment")
+    spans = [0, 0]
+    for name in convs:
+        conv = parts[name]
+        assert isinstance(conv, nn.Conv2d)
+        for axis in (0, 1):
+            spans[axis] += (conv.kernel_size[axis] - 1) * conv.dilation[axis]
+    return Same((spans[0] + 1, spans[1] + 1), _total_stride(convs, geometry))
+
+
+def _set_geometry(parts: dict[str, nn.Module], name: str, stride: tuple[int, int], padding: Padding) -> None:
+    """The same weights under another stride and padding; the module is kept where nothing changes."""
+    conv = parts[name]
+    assert isinstance(conv, nn.Conv2d)
+    if conv.stride == stride and conv_padding(conv) == padding:
+        return
+    parts[name] = make_conv(
+        conv.weight, conv.bias, stride=stride, pads=padding, dilation=(conv.dilation[0], conv.dilation[1]),
+        groups=conv.groups,
+    ).train(conv.training)  # fmt: skip
+
+

@@ -1,0 +1,398 @@
+"""A spec bound to a real model: the declared flow of every block on that block's own submodules."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from updp import spec as language
+from updp.errors import Place, Problem, SpecError, suggest
+from updp.flow import Across, Call, FlowModule, Node, Nodes, Parallel
+from updp.kinds import kind_of, scale_parameter
+from updp.layers import Layout, Negate, Scale
+from updp.spec import ArchSpec, BlockGroup
+
+_SLICE = re.compile(r"^(.*)\[(\d+):(\d+)\]$")
+
+
+class MethodStep(nn.Module):
+    """An opaque step that is a method of the block, on a copy of the block without its other steps."""
+
+    def __init__(self, block: nn.Module, method: str, other_steps: set[str]) -> None:
+        super().__init__()
+        self.block = copy.copy(block)
+        self.block._modules = {k: v for k, v in block._modules.items() if k not in other_steps}
+        self.method = method
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        out: Tensor = getattr(self.block, self.method)(x, *args, **kwargs)
+        return out
+
+
+@dataclass
+class BoundBlock:
+    """One block of the model with its declared structure.
+
+    ``flow`` runs the structure on the block's own submodules (shared, not copied). Shapes are those of the recorded
+    forward pass, batch first; ``args``/``kwargs`` are what the model passed besides the tensor.
+    """
+
+    name: str
+    group: BlockGroup
+    module: nn.Module
+    flow: FlowModule
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+    opaques: dict[str, tuple[language.Opaque, tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Input and output channels."""
+        axis = 1 if self.flow.entry == "first" else -1
+        return self.input_shape[axis], self.output_shape[axis]
+
+    def signature(self) -> str:
+        """Blocks of equal signature are of one kind: structure, recipes, shapes, modules without drop rates."""
+        text = re.sub(r"(drop_prob|p)=[0-9.e-]+", "", repr(self.module))
+        return f"{self.group.structure}|{self.group.recipes}|{self.input_shape[1:]}|{self.output_shape[1:]}|{text}"
+
+
+def create_model(
+    spec: ArchSpec, *, num_classes: int | None = None, seed: int | None = None, drop_path: float | None = None,
+    input: tuple[int, int, int] | None = None,
+) -> nn.Module:  # fmt: skip
+    """The spec's timm model, randomly initialised (nothing is downloaded).
+
+    Args:
+        drop_path: build with this rate, where the model takes one.
+        input: (channels, height, width) when it is not the spec's own.
+
+    Raises:
+        SpecError: timm does not know the model or refuses the arguments.
+    """
+    kwargs: dict[str, Any] = dict(spec.model.kwargs)
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if spec.input[0] != 3:
+        kwargs["in_chans"] = spec.input[0]
+    if input is not None and "img_size" in kwargs:
+        kwargs["img_size"] = input[1:]
+    if seed is not None:
+        torch.manual_seed(seed)
+    place = Place(spec.file)
+    if not timm.is_model(spec.model.name):
+        similar = timm.list_models(f"{spec.model.name[:4]}*")
+        raise SpecError([Problem(place, "model.timm", suggest(spec.model.name, similar or timm.list_models()[:5]))])
+    try:
+        if drop_path is not None:
+            try:
+                return timm.create_model(spec.model.name, pretrained=False, drop_path_rate=drop_path, **kwargs)
+            except TypeError:  # this family takes no drop path
+                pass
+        return timm.create_model(spec.model.name, pretrained=False, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise SpecError([Problem(place, "model", f"timm refuses {spec.model.name} with {kwargs}: {error}")]) from error
+
+
+def find_blocks(spec: ArchSpec, model: nn.Module) -> dict[str, BlockGroup]:
+    """Block name -> group, in the model's order.
+
+    Raises:
+        SpecError: a match that matches nothing, two groups on one block, a block inside another.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    lengths = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.Sequential)}
+    return language.match_blocks(spec.blocks, names, lengths)
+
+
+def get_block(model: nn.Module, name: str) -> nn.Module:
+    """A block by name; a slice ``features[8:14]`` comes as a new `nn.Sequential` of the same modules."""
+    found = _SLICE.match(name)
+    if found is None:
+        return model.get_submodule(name)
+    parent = model.get_submodule(found[1])
+    assert isinstance(parent, nn.Sequential)
+    return nn.Sequential(*list(parent)[int(found[2]) : int(found[3])])
+
+
+def set_block(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in a block's place; of a slice it takes the first place and `Identity` fills the rest."""
+    found = _SLICE.match(name)
+    if found is None:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+        return
+    parent_module = model.get_submodule(found[1])
+    assert isinstance(parent_module, nn.Sequential)
+    for index in range(int(found[2]), int(found[3])):
+        parent_module[index] = module if index == int(found[2]) else nn.Identity()
+
+
+def bind(spec: ArchSpec, model: nn.Module, size: tuple[int, int, int] | None = None) -> dict[str, BoundBlock]:
+    """Bind every block of a spec, in order of execution, from one recorded forward pass.
+
+    Raises:
+        SpecError: with every problem found: steps that do not exist, blocks that do not run, mixed classes.
+    """
+    groups = find_blocks(spec, model)
+    modules = {name: get_block(model, name) for name in groups}
+    _check_one_class(groups, modules)
+    calls = _record_calls(spec, model, groups, modules, size or spec.input)
+    problems: list[Problem] = []
+    bound = {}
+    for name in sorted(groups, key=lambda n: calls[n].order):
+        try:
+            bound[name] = _bind_block(spec, name, groups[name], modules[name], calls)
+        except SpecError as error:
+            problems += error.problems
+    if problems:
+        raise SpecError(list(dict.fromkeys(problems)))
+    return bound
+
+
+def _check_one_class(groups: Mapping[str, BlockGroup], modules: Mapping[str, nn.Module]) -> None:
+    """A pattern that catches two classes of modules has caught more than a kind of block."""
+    classes: dict[int, dict[str, list[str]]] = {}
+    for name, group in groups.items():
+        classes.setdefault(id(group), {}).setdefault(type(modules[name]).__name__, []).append(name)
+    for name, group in groups.items():
+        found = classes[id(group)]
+        if len(found) > 1:
+            caught = "; ".join(f"{kind}: {', '.join(names[:4])}" for kind, names in found.items())
+            raise SpecError([Problem(group.place, "blocks", f"one group matches blocks of several classes: {caught}")])
+
+
+@dataclass
+class _Called:
+    order: int
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...] = ()
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def _record_calls(
+    spec: ArchSpec, model: nn.Module, groups: Mapping[str, BlockGroup], modules: Mapping[str, nn.Module],
+    size: tuple[int, int, int],
+) -> dict[str, _Called]:  # fmt: skip
+    """One forward pass: order, shapes and further arguments of every block and of every opaque step."""
+    calls: dict[str, _Called] = {}
+
+    def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensor = args[0] if args else None
+        if isinstance(tensor, Tensor):
+            calls.setdefault(name, _Called(len(calls), tuple(tensor.shape), (), tuple(args[1:]), dict(kwargs)))
+
+    def after(name: str, output: object) -> None:
+        if name in calls and isinstance(output, Tensor):
+            calls[name].output_shape = tuple(output.shape)
+
+    with ExitHooks() as hooks:
+        for name, module in modules.items():
+            first = module[0] if _SLICE.match(name) else module  # type: ignore[index]
+            last = module[-1] if _SLICE.match(name) else module  # type: ignore[index]
+            hooks.before(first, lambda args, kwargs, name=name: before(name, args, kwargs))
+            hooks.after(last, lambda output, name=name: after(name, output))
+            for opaque in _opaques(spec.structures[groups[name].structure]):
+                key = f"{name}:{opaque.path}"
+                hooks.step(module, opaque.path, lambda args, kwargs, key=key: before(key, args, kwargs))
+        parameter = next(model.parameters())
+        x = torch.zeros(2, *size, dtype=parameter.dtype, device=parameter.device)
+        with evaluating(model), torch.no_grad():
+            try:
+                model(x)
+            except (RuntimeError, AssertionError, ValueError) as error:
+                message = f"the model does not run on {list(size)}: {str(error).splitlines()[0]}"
+                raise SpecError([Problem(Place(spec.file), "input", message)]) from error
+    for name, group in groups.items():
+        if name not in calls or not calls[name].output_shape:
+            message = f"block {name} was not called with one tensor and one tensor out in the model's forward"
+            raise SpecError([Problem(group.place, "blocks", message)])
+    return calls
+
+
+class ExitHooks:
+    """Forward hooks that are gone afterwards, methods of blocks included."""
+
+    def __enter__(self) -> ExitHooks:
+        self._undo: list[Any] = []
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for undo in reversed(self._undo):
+            undo()
+
+    def before(self, module: nn.Module, call: Any) -> None:
+        handle = module.register_forward_pre_hook(lambda m, args, kwargs: call(args, kwargs), with_kwargs=True)
+        self._undo.append(handle.remove)
+
+    def after(self, module: nn.Module, call: Any) -> None:
+        handle = module.register_forward_hook(lambda m, args, output: call(output))
+        self._undo.append(handle.remove)
+
+    def step(self, block: nn.Module, path: str, call: Any) -> None:
+        try:
+            target = _resolve(block, path)
+        except AttributeError:
+            return  # reported when the step is bound
+        if isinstance(target, nn.Module):
+            self.before(target, call)
+        elif callable(target):
+
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                call(args, kwargs)
+                return target(*args, **kwargs)
+
+            object.__setattr__(block, path, wrapped)
+            self._undo.append(lambda: object.__delattr__(block, path))
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode afterwards."""
+    modes = [(module, module.training) for root in modules for module in root.modules()]
+    for root in modules:
+        root.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _opaques(flow: language.Flow) -> Iterator[language.Opaque]:
+    return (node for node in language.walk(flow) if isinstance(node, language.Opaque))
+
+
+def _resolve(block: nn.Module, path: str) -> Any:
+    """The submodule, parameter or method at a path."""
+    target: Any = block
+    for name in path.split("."):
+        target = getattr(target, name)
+    return target
+
+
+class _Binder:
+    """Collects nodes, parts and every problem of one block."""
+
+    def __init__(self, block: nn.Module, where: str, own_steps: set[str]) -> None:
+        self.block, self.where, self.own_steps = block, where, own_steps
+        self.parts: dict[str, nn.Module] = {}
+        self.problems: list[Problem] = []
+
+    def flow(self, flow: language.Flow) -> Nodes:
+        return tuple(node for item in flow for node in self.node(item))
+
+    def node(self, item: language.Node) -> tuple[Node, ...]:
+        if isinstance(item, language.Sum):
+            return (Parallel(tuple(self.flow(branch) for branch in item.branches), item.name),)
+        if isinstance(item, language.Across):
+            return (Across(self.flow(item.flow)),)
+        if isinstance(item, language.Negate):
+            name = f"negate.{sum(isinstance(m, Negate) for m in self.parts.values())}"
+            self.parts[name] = Negate()
+            return (Call(name),)
+        return self.step(item)
+
+    def step(self, item: language.Step | language.Opaque) -> tuple[Node, ...]:
+        module = self.module(item.path, isinstance(item, language.Opaque))
+        if module is None:
+            if not getattr(item, "optional", False):
+                message = f"no such step in {type(self.block).__name__}: {suggest(item.path, self.names())}"
+                self.problems.append(Problem(item.place, self.where, message))
+            return ()
+        self.parts[item.path] = module
+        return (Call(item.path),)
+
+    def module(self, path: str, opaque: bool) -> nn.Module | None:
+        try:
+            target = _resolve(self.block, path)
+        except AttributeError:
+            return None
+        if isinstance(target, nn.Parameter):
+            return Scale(target)
+        if isinstance(target, nn.Module):
+            return target
+        if opaque and callable(target) and "." not in path:
+            return MethodStep(self.block, path, self.own_steps)
+        return None
+
+    def names(self) -> list[str]:
+        modules = [name for name, _ in self.block.named_modules() if name]
+        return modules + [name for name, _ in self.block.named_parameters(recurse=False)]
+
+
+def _bind_block(
+    spec: ArchSpec, name: str, group: BlockGroup, module: nn.Module, calls: Mapping[str, _Called]
+) -> BoundBlock:
+    where = f"structures.{group.structure}"
+    flow = spec.structures[group.structure]
+    steps = {path.split(".")[0] for path in language.names_in(flow)}
+    binder = _Binder(module, where, steps)
+    nodes = binder.flow(flow)
+    if binder.problems:
+        raise SpecError(binder.problems)
+    called = calls[name]
+    extras = {}
+    opaques = {}
+    for opaque in _opaques(flow):
+        if (call := calls.get(f"{name}:{opaque.path}")) is not None:
+            opaques[opaque.path] = (opaque, call.input_shape)
+            if call.args or call.kwargs:
+                extras[opaque.path] = (call.args, call.kwargs)
+    entry = _entry_layout(nodes, binder.parts, called.input_shape)
+    bound_flow = FlowModule(nodes, binder.parts, entry, extras)
+    bound_flow.train(module.training)
+    optional = frozenset(n.path for n in language.walk(flow) if isinstance(n, language.Step) and n.optional)
+    return BoundBlock(
+        name, group, module, bound_flow, called.input_shape, called.output_shape, called.args, called.kwargs, optional,
+        opaques,
+    )  # fmt: skip
+
+
+def channels_of(module: nn.Module) -> int | None:
+    """Input channels of a module that has some."""
+    kind = kind_of(module).name
+    if kind == "scale":
+        return scale_parameter(module).numel()
+    for attribute in ("in_channels", "in_features", "num_features", "num_channels"):
+        if isinstance(value := getattr(module, attribute, None), int):
+            return value
+    shape = getattr(module, "normalized_shape", None)
+    return int(shape[0]) if shape is not None and len(shape) == 1 else None
+
+
+def _entry_layout(nodes: Nodes, parts: Mapping[str, nn.Module], shape: tuple[int, ...]) -> Layout:
+    """Where the channels of a block's input are: told by its first layout-bound step and that step's channels."""
+    if len(shape) != 4:
+        return "last"
+    for name in _leading(nodes):
+        layout, channels = kind_of(parts[name]).layout, channels_of(parts[name])
+        if layout is None:
+            continue
+        if channels == shape[1] and channels != shape[3]:
+            return "first"
+        if channels == shape[3] and channels != shape[1]:
+            return "last"
+        return layout
+    return "first"
+
+
+def _leading(nodes: Nodes) -> Iterator[str]:
+    for node in nodes:
+        if isinstance(node, Call):
+            yield node.name
+        elif isinstance(node, Parallel):
+            for flow in node.flows:
+                yield from _leading(flow)
