@@ -32,8 +32,8 @@ class Step:
 class Opaque:
     """A step that is run as it is and never looked into.
 
-    ``enters`` and ``leaves`` are claims, to be tested: a diagonal before the step can be folded into the linear
-    operators in ``enters``, a diagonal after it into those in ``leaves``.
+    ``enters`` and ``leaves`` are claims, to be tested: a diagonal before the step can be folded into the
+    linear operators in ``enters``, a diagonal after it into those in ``leaves``.
     """
 
     path: str
@@ -132,7 +132,8 @@ class Append:
 class Recipe:
     """How a structure becomes a pruned structure; ``extends`` is already resolved.
 
-    ``merge`` is ``"all"`` (every maximal affine run that the recipe touched) or lists of steps, each one merge.
+    ``merge`` is ``"all"`` (every maximal affine run that the recipe touched) or lists of steps, a list for
+    each merge.
     ``padding`` says where a merge puts the paddings: on the first operator, or where they are.
     A ``reparam`` recipe makes nothing shallower and stays out of the search.
     """

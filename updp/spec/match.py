@@ -48,12 +48,12 @@ def match_blocks(
         lengths: number of children of each ``Sequential``, by path; only these can be sliced.
 
     Returns:
-        The blocks in order of definition, each with its group. A slice of a ``Sequential`` is a block with the
-        name it is written with, all stars filled in: ``features[8:14]``.
+        The blocks in order of definition, each with its group. A slice of a ``Sequential`` is a block that has
+        the name it is written with, all stars filled in: ``features[8:14]``.
 
     Raises:
-        SpecError: if a pattern matches nothing or a slice does not fit, if two groups match one block, or if one
-            block lies inside another. All such errors are reported together.
+        SpecError: if a pattern matches nothing or a slice does not fit, if two groups match one block, or if
+            one block lies inside another. All such errors are reported together.
     """
     matches = _Matches(names, lengths)
     owners: dict[str, tuple[BlockGroup, Place | None]] = {}

@@ -20,8 +20,8 @@ def apply_settings(spec: ArchSpec, settings: Sequence[str]) -> ArchSpec:
     Args:
         spec: the spec; its text and hash stay what they are.
         settings: each ``KEY=VALUE``. The key is a path below ``schedule`` (``finetune.epochs``, ``blend.K``);
-            one that starts with ``train`` sets all three training stages. The value is written as in YAML. Of two
-            for one key, the later wins.
+            one that starts with ``train`` sets all three training stages. The value is written as in YAML.
+            Of two for one key, the later wins.
 
     Raises:
         InputError: with all settings that have an unknown key or a value of the wrong type or range.

@@ -1,7 +1,7 @@
 """What ``specs/schema.json`` finds wrong with a tree, said so that a person can act on it.
 
-The library's own messages are for programmers: where several forms are allowed it shows all of them. Here the form
-that the author most likely meant is found first, and what is wrong with that one is told.
+The library's own messages are for programmers: where several forms are allowed it shows all of them. Here the
+form that the author most likely meant is found first, and what is wrong with that one is told.
 """
 
 from __future__ import annotations
