@@ -81,7 +81,8 @@ def suggest(got: str, allowed: Iterable[str]) -> str:
     names = list(dict.fromkeys(allowed))
     if not names:
         return f"got {got!r}, but nothing is allowed here"
-    near = difflib.get_close_matches(got, names, n=_NEAREST, cutoff=0.6)
+    folded = {name.casefold(): name for name in reversed(names)}
+    near = [folded[name] for name in difflib.get_close_matches(got.casefold(), folded, n=_NEAREST)]
     if len(names) > _MANY:
         shown = near or names[:_NEAREST]
         listing = f"{', '.join(shown)}, … ({len(names)} in all)"

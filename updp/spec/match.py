@@ -48,8 +48,8 @@ def match_blocks(
         lengths: number of children of each ``Sequential``, by path; only these can be sliced.
 
     Returns:
-        The blocks in order of definition, each with its group. A slice of a ``Sequential`` is a block that has
-        the name it is written with, all stars filled in: ``features[8:14]``.
+        The blocks in order of definition, each with its group. A slice of a ``Sequential`` is a block with
+        the name that it is written with, all stars filled in: ``features[8:14]``.
 
     Raises:
         SpecError: if a pattern matches nothing or a slice does not fit, if two groups match one block, or if

@@ -34,9 +34,9 @@ _LIMITS = {
     "maximum": "at most {}",
     "exclusiveMinimum": "more than {}",
     "exclusiveMaximum": "less than {}",
-    "minItems": "at least {} of them",
-    "maxItems": "at most {} of them",
-    "minProperties": "at least {} of them",
+    "minItems": "at least {}",
+    "maxItems": "at most {}",
+    "minProperties": "at least {}",
     "minLength": "at least {} character",
 }
 
@@ -141,7 +141,7 @@ def _render(error: ValidationError, tree: Tree) -> Iterator[tuple[TreePath, Prob
     listed: Any = error.validator_value
     if "propertyNames" in error.absolute_schema_path and isinstance(error.instance, str):
         key = error.instance
-        yield (*path, key), Problem(node.keys[key], where(path), f"the key {_message(error)}")
+        yield (*path, key), Problem(node.keys[key], where(path), f"bad key: {_message(error)}")
     elif error.validator == "additionalProperties":
         known = schema.get("properties", {})
         for key in node.value:
@@ -175,7 +175,7 @@ def _message(error: ValidationError) -> str:
         allowed = " or ".join(_TYPES[kind] for kind in kinds)
         return f"got {_with_kind(got)}, allowed: {allowed}{_hint(got, kinds)}"
     if error.validator in _LIMITS:
-        shown = len(got) if error.validator in ("minItems", "maxItems", "minProperties") else show(got)
+        shown = f"{len(got)} entries" if isinstance(got, (list, dict)) else show(got)
         return f"got {shown}, allowed: {_LIMITS[error.validator].format(limit)}"
     if error.validator == "anyOf":
         return f"got {_with_kind(got)}, allowed: {_forms(limit)}{_nearest_key(got, limit)}"

@@ -1,8 +1,8 @@
 """YAML text -> a tree of values that know their line and column.
 
 Stricter than YAML: the scalars of the YAML 1.2 core schema (so ``1e-3`` is a number and ``no`` a string), no
-tags, no duplicate keys, string keys only, and limits on size, depth and what aliases expand to, so that no file
-can be a bomb.
+tags, no duplicate keys, string keys only, and limits on size, depth and what aliases expand to, so that no
+file can be a bomb.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 @dataclass
 class Tree:
-    """A YAML node: a scalar, a list or a dictionary of trees. ``keys`` has the places of a dictionary's keys."""
+    """A YAML node: a scalar, a list of trees or a dictionary of trees; ``keys`` has the keys' places."""
 
     value: Any
     place: Place
