@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-_MANY = 12  # longer lists of allowed values are shortened
+_MANY = 24  # longer lists of allowed values are shortened
 _NEAREST = 5  # how many values a shortened list shows
 
 
@@ -80,7 +80,7 @@ def suggest(got: str, allowed: Iterable[str]) -> str:
     """
     names = list(dict.fromkeys(allowed))
     if not names:
-        return f"got {got!r}, but nothing is allowed here"
+        return f"got {got!r}, but there is none"
     folded = {name.casefold(): name for name in reversed(names)}
     near = [folded[name] for name in difflib.get_close_matches(got.casefold(), folded, n=_NEAREST)]
     if len(names) > _MANY:

@@ -11,7 +11,7 @@ from fractions import Fraction
 from updp.errors import Place, Problem, suggest
 from updp.spec import build
 from updp.spec.language import Flow, Opaque, Recipe, Step, Sum, names_in, walk
-from updp.spec.schema import TreePath, unit, where
+from updp.spec.schema import TreePath, count, unit, where
 from updp.spec.settings import STAGES
 from updp.spec.tree import Tree
 
@@ -180,7 +180,7 @@ class _Check:
         for key in ("mean", "std"):
             item = data.get(key)
             if item is not None and len(item.value) != channels:
-                message = f"got {len(item.value)} numbers, allowed: {channels} (one for each input channel)"
+                message = f"got {count(item.value)}, allowed: {channels}, one for each channel of the input"
                 yield Problem(item.place, where(("data", key)), message)
 
 

@@ -175,18 +175,25 @@ def _message(error: ValidationError) -> str:
         allowed = " or ".join(_TYPES[kind] for kind in kinds)
         return f"got {_with_kind(got)}, allowed: {allowed}{_hint(got, kinds)}"
     if error.validator in _LIMITS:
-        shown = f"{len(got)} entries" if isinstance(got, (list, dict)) else show(got)
+        shown = count(got) if isinstance(got, (list, dict)) else show(got)
         return f"got {shown}, allowed: {_LIMITS[error.validator].format(limit)}"
     if error.validator == "anyOf":
-        return f"got {_with_kind(got)}, allowed: {_forms(limit)}{_nearest_key(got, limit)}"
+        kinds = [str(inner.validator_value) for inner in error.context or () if inner.validator == "type"]
+        return f"got {_with_kind(got)}, allowed: {_forms(limit)}{_nearest_key(got, limit)}{_hint(got, kinds)}"
     return f"got {show(got)}, allowed: {schema.get('description', 'something else')}"
 
 
-def _one_of(got: Any, allowed: Iterable[Any]) -> str:
+def count(entries: list[Any] | dict[str, Any]) -> str:
+    """How many entries a list or a mapping has, in words."""
+    return "1 entry" if len(entries) == 1 else f"{len(entries)} entries"
+
+
+def _one_of(got: Any, allowed: Sequence[Any]) -> str:
     names = [value if isinstance(value, str) else show(value) for value in allowed]
     if isinstance(got, str) and got not in names:
         return suggest(got, names)
-    return f"got {_with_kind(got)}, allowed: {', '.join(names)}"
+    is_other_kind = all(type(value) is not type(got) for value in allowed)
+    return f"got {_with_kind(got) if is_other_kind else show(got)}, allowed: {', '.join(names)}"
 
 
 def _with_kind(value: Any) -> str:

@@ -7,6 +7,7 @@ file can be a bomb.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ def scalar(text: str) -> Any:
     for pattern, base in numbers:
         if pattern.fullmatch(text):
             if len(text) > MAX_DIGITS:
-                raise ValueError(f"a number of {len(text)} digits")
+                raise ValueError(f"got a number of {len(text)} digits, allowed: at most {MAX_DIGITS}")
             return int(text if base == 10 else text[2:], base)
     if _FLOAT.fullmatch(text) or _NOT_FINITE.fullmatch(text):
         number = math.inf if _NOT_FINITE.fullmatch(text) else float(text)
@@ -236,5 +237,5 @@ class _Composer:
 def _key_message(key: Tree) -> str:
     if isinstance(key.value, (list, dict)):
         return "a key must be a string, not a list or a mapping"
-    shown = {None: "null", True: "true", False: "false"}.get(key.value, str(key.value))
+    shown = json.dumps(key.value)
     return f"a key must be a string; write it in quotes: '{shown}'"
