@@ -17,7 +17,7 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from updp.artefact import load as load
     from updp.artefact import verify as verify
-    from updp.export import export as export
+    from updp.exporting import export as export
     from updp.merging import merge as merge
     from updp.spec import list_specs as list_specs
     from updp.spec import load_spec as load_spec
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "SubnetConfig": "updp.subnet",
     "build_supernet": "updp.supernet",
-    "export": "updp.export",
+    "export": "updp.exporting",
     "list_specs": "updp.spec",
     "load": "updp.artefact",
     "load_spec": "updp.spec",

@@ -1,8 +1,8 @@
 """The operators of ``csrc/``, registered with ``torch.library``, and the references they are held to.
 
 Each operator has a schema, a reference in plain torch (the definition), a fake implementation, a backward,
-checks at the door, and rows in ``csrc/kernels.def``: one compiled variant each, picked at run time by what the
-CPU can do. A source tree without the compiled module ``updp._C`` works: the references then do the work.
+checks at the door, and rows in ``csrc/kernels.def``: one compiled variant each, picked at run time by what
+the CPU can do. A source tree without the compiled module ``updp._C`` works: the references then do the work.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def cpu_features() -> dict[str, bool]:
 
 
 def native_status() -> str:
-    """One line for people: how many kernels run here, or that the compiled module is missing and how to get it."""
+    """One line for people: how many kernels run here, or that the compiled module is missing."""
     if _native is None:
         return (
             "updp._C is not built, torch references do its work (`pip install .` or `make native` builds it)"
@@ -91,7 +91,7 @@ class _Axis:
 
 
 def _axis(outer_size: int, inner_size: int, stride: int, inner_dilation: int, outer_dilation: int) -> _Axis:
-    """The coarsest grid that holds all offsets: ``gcd(d1 if k1 > 1, s1 d2 if k2 > 1)``, 1 if there is neither."""
+    """The coarsest grid that holds all offsets: ``gcd(d1 if k1 > 1, s1 d2 if k2 > 1)``, else 1."""
     inner_step = inner_dilation if inner_size > 1 else 0
     outer_step = stride * outer_dilation if outer_size > 1 else 0
     grid = math.gcd(inner_step, outer_step) or 1
@@ -172,8 +172,8 @@ def depthwise_compose(
 
     Offsets add: ``W[c, (d1 a1 + s1 d2 a2) / g] = sum W2[c, a2] W1[c, a1]`` with tap indices ``a``, dilations
     ``d``, the inner stride ``s1``, and per axis the coarsest grid that holds all offsets,
-    ``g = gcd(d1 if k1 > 1, s1 d2 if k2 > 1)``, or 1 if there is neither. The composed convolution has dilation
-    ``g`` and the product of the strides.
+    ``g = gcd(d1 if k1 > 1, s1 d2 if k2 > 1)``, or 1 if there is neither. The composed convolution has
+    dilation ``g`` and the product of the strides.
 
     Args:
         outer: weight ``(C, k2h, k2w)`` of the convolution that runs last.
@@ -184,8 +184,8 @@ def depthwise_compose(
         variant: a name of `kernel_rows` or ``"reference"``; None takes the best for this CPU.
 
     Returns:
-        ``(C, (d1 (k1h - 1) + s1 d2 (k2h - 1)) / g + 1, likewise)``. Bit for bit the same for every variant and any
-        number of threads.
+        ``(C, (d1 (k1h - 1) + s1 d2 (k2h - 1)) / g + 1, likewise)``. The same bits for every variant and
+        any number of threads.
 
     Raises:
         ValueError: shapes do not fit, a stride or dilation below 1, or a variant that cannot run here.

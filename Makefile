@@ -1,0 +1,76 @@
+# Everything starts here: each target does its own set-up in .venv. Needed on the machine: Python >= 3.11, a C++
+# compiler and make. pip's own environment variables (PIP_INDEX_URL and others) choose where packages come from.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# make demo DEMO=convnext | deit
+DEMO   ?= convnext
+# Test processes. Each computes on one thread: several threads in several processes get in each other's way.
+WORKERS ?= 2
+
+SHELL := /bin/bash
+BIN   := $(VENV)/bin
+
+# The small network of each demo, and half of its blocks.
+DEMO_SPEC_convnext  := convnext_digits
+DEMO_PRUNE_convnext := 5
+DEMO_SPEC_deit      := deit_digits
+DEMO_PRUNE_deit     := 4
+
+INSTALL_SOURCES := pyproject.toml constraints.txt CMakeLists.txt updp/__init__.py $(wildcard csrc/*)
+CXX_SOURCES     := $(wildcard csrc/*.cpp csrc/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all bench lint format native clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(VENV)/installed-export  ## Train, prune, merge and measure a small network on real digits (DEMO=convnext or deit)
+	@test -n "$(DEMO_SPEC_$(DEMO))" || { echo "make demo: got DEMO=$(DEMO), allowed: convnext, deit" >&2; exit 2; }
+	$(BIN)/updp run $(DEMO_SPEC_$(DEMO)) --data digits --prune $(DEMO_PRUNE_$(DEMO)) --out runs/demo-$(DEMO)
+
+test: lint  ## Check style and types, run the tests (under 15 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal
+
+test-all: lint  ## As test, with the slow tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+bench: $(VENV)/installed-dev  ## Time the kernels against torch; fails if one is slower than it should be
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench --benchmark-enable --benchmark-sort=name
+
+lint: $(VENV)/installed-dev  ## Check style, types, C++ format and the specs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python -m updp.spec specs/*.yaml
+
+format: $(VENV)/installed-dev  ## Rewrite Python and C++ in the house format
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+native: $(VENV)/installed-dev  ## Build updp._C in place, for use of the source tree without an install
+	$(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	$(BIN)/cmake --build build/native
+	$(BIN)/cmake --install build/native --prefix .
+
+clean:  ## Remove what was built and installed; runs/ stays
+	rm -rf $(VENV) build dist updp/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "updp needs Python >= 3.11, $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-export: $(INSTALL_SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[export]'
+	@touch $@
+
+# dev contains export.
+$(VENV)/installed-dev: $(INSTALL_SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/installed-export $@
