@@ -1,0 +1,17 @@
+"""Training: one loop, and the stages as small policies on it.
+
+- `Plain` trains an ordinary model (stage `baseline`);
+- `Sandwich` trains a supernet (stage `supernet`);
+- `Progressive` turns baseline blocks into pruned ones while it trains (stage `finetune`).
+"""
+
+from updp.train.factory import create_accelerator as create_accelerator
+from updp.train.loop import FitResult as FitResult
+from updp.train.loop import Progress as Progress
+from updp.train.loop import fit as fit
+from updp.train.policies import Plain as Plain
+from updp.train.policies import Policy as Policy
+from updp.train.policies import Progressive as Progressive
+from updp.train.policies import Sandwich as Sandwich
+from updp.train.policies import blend_at as blend_at
+from updp.train.session import Session as Session

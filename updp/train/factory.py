@@ -1,0 +1,153 @@
+"""From `TrainSettings` to timm's optimizer, scheduler, mixup, loss and weight average; the accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from updp.errors import InputError, suggest
+from updp.spec import TrainSettings
+
+PRECISIONS = ("no", "bf16")
+"""What ``create_accelerator`` takes: float32 throughout, or matrix products and convolutions in bfloat16."""
+
+Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def create_accelerator(precision: str = "no", *, cpu: bool = False) -> Accelerator:
+    """Devices, processes and precision for `fit`.
+
+    Under several processes every step may leave other parameters without gradient, so that is declared here.
+
+    Raises:
+        InputError: an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision: {suggest(precision, PRECISIONS)}")
+    processes = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[processes])
+
+
+def make_optimizer(network: nn.Module, settings: TrainSettings) -> Optimizer:
+    """Make timm's optimizer; norms, biases and what the model itself exempts are not decayed.
+
+    Raises:
+        InputError: timm has no such optimizer, or it refuses the settings.
+    """
+    name = settings.optimizer.lower()
+    known = [str(optimizer) for optimizer in list_optimizers()]
+    if name.removeprefix("lookahead_") not in known:
+        raise InputError(f"optimizer: {suggest(settings.optimizer, known)}")
+    groups = param_groups_weight_decay(
+        network, settings.weight_decay, no_weight_decay_list=_undecayed(network)
+    )
+    try:
+        optimizer: Optimizer = create_optimizer_v2(
+            groups, opt=name, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum
+        )
+    except (ValueError, ImportError, AssertionError) as error:
+        raise InputError(f"optimizer {settings.optimizer}: {error}") from error
+    return optimizer
+
+
+def _undecayed(network: nn.Module) -> set[str]:
+    """Parameters that a model's own ``no_weight_decay`` names, wherever in the network that model sits."""
+    names = set()
+    for prefix, module in network.named_modules():
+        if callable(exempt := getattr(module, "no_weight_decay", None)):
+            names |= {f"{prefix}.{name}" if prefix else name for name in exempt()}
+    return names
+
+
+def carry_state(old: Optimizer, new: Optimizer) -> None:
+    """Give ``new`` what ``old`` knows of the parameters that both have (a swapped weight is another one)."""
+    for group in new.param_groups:
+        for parameter in group["params"]:
+            if parameter in old.state:
+                new.state[parameter] = old.state[parameter]
+
+
+def make_scheduler(optimizer: Optimizer, settings: TrainSettings, steps_per_epoch: int) -> Scheduler | None:
+    """Make timm's scheduler, to be stepped after every optimizer step; None for ``none``.
+
+    Warm-up starts from ``min_lr``.
+
+    Raises:
+        InputError: timm has no such scheduler, or it cannot be stepped so.
+    """
+    name = settings.scheduler
+    if name == "none":
+        return None
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=name,
+            num_epochs=settings.epochs,
+            min_lr=settings.min_lr,
+            warmup_lr=min(settings.min_lr, settings.lr),
+            warmup_epochs=settings.warmup_epochs,  # type: ignore[arg-type]  # a fraction works too
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+        )
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"scheduler {name}: {error}") from error
+    if not isinstance(scheduler, Scheduler):  # some versions of timm return None for a name they do not know
+        raise InputError(f"scheduler: got {name!r}, which timm does not have")
+    return scheduler
+
+
+def make_mixer(network: nn.Module, settings: TrainSettings) -> Mixer | None:
+    """Make timm's mixup and cutmix of a batch, or None where the settings have neither."""
+    if not (settings.mixup or settings.cutmix):
+        return None
+    mixup = Mixup(
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        label_smoothing=settings.smoothing,
+        num_classes=_num_classes(network),
+    )
+
+    def mix(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if len(images) == 1:
+            images, targets = images.repeat(2, 1, 1, 1), targets.repeat(2)
+        even = len(images) - len(images) % 2  # timm mixes pairs
+        mixed: tuple[Tensor, Tensor] = mixup(images[:even], targets[:even])
+        return mixed
+
+    return mix
+
+
+def _num_classes(network: nn.Module) -> int:
+    for module in network.modules():
+        if isinstance(number := getattr(module, "num_classes", None), int):
+            return number
+    raise InputError("mixup and cutmix need a network that says its num_classes")
+
+
+def make_loss(settings: TrainSettings) -> nn.Module:
+    """Cross-entropy, against mixed targets or smoothed labels where the settings ask for it."""
+    if settings.mixup or settings.cutmix:
+        return SoftTargetCrossEntropy()  # timm's Mixup has smoothed the targets
+    return LabelSmoothingCrossEntropy(settings.smoothing) if settings.smoothing else nn.CrossEntropyLoss()
+
+
+def make_average(network: nn.Module, settings: TrainSettings) -> Any | None:
+    """Make timm's exponential moving average of weights and buffers, or None.
+
+    Its decay grows to ``settings.ema`` over the first steps: a constant one would tie a short run to its
+    start.
+    """
+    if settings.ema is None:
+        return None
+    return ModelEmaV3(network, decay=settings.ema, use_warmup=True)

@@ -1,0 +1,199 @@
+"""The stages as policies: what one step is, and what happens around steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from updp.spec import BlendSettings
+from updp.subnet import SubnetConfig
+from updp.supernet import Supernet
+from updp.train.session import Session, derive_seed
+
+_FIRST_BLEND = 1e-6  # at exactly 0 pruned flows do not run, and their norms would see nothing
+
+
+class Policy:
+    """Hooks of the loop. As they stand here: one ordinary pass per step.
+
+    Attributes:
+        title: the stage's name.
+        passes: what the losses that `step` returns are called; equal names are averaged.
+    """
+
+    title: ClassVar[str] = "train"
+    passes: ClassVar[tuple[str, ...]] = ("train_loss",)
+
+    def before_training(self, session: Session) -> None:
+        """Called once, before the optimizer exists."""
+
+    def before_epoch(self, session: Session, epoch: int) -> None:
+        """Called before each epoch; epochs count from 0."""
+
+    def before_step(self, session: Session, position: float) -> None:
+        """Called before each step, with the epochs trained so far (fractional)."""
+
+    def step(self, session: Session, images: Tensor, targets: Tensor) -> list[Tensor]:
+        """Do the passes of one optimizer step, gradients included; returns their losses."""
+        return [session.run_pass(images, targets)]
+
+    def after_training(self, session: Session) -> None:
+        """Called once, after the last step and before the last evaluation."""
+
+    def record(self) -> dict[str, float]:
+        """What an epoch's record says beside losses, scores and learning rate."""
+        return {}
+
+
+class Plain(Policy):
+    """Ordinary training of a model."""
+
+    title: ClassVar[str] = "baseline"
+
+
+class Sandwich(Policy):
+    """The sandwich rule on a supernet: all kept, two random subnets, all pruned; then one optimizer step.
+
+    Each pass is followed by its own backward pass; the gradients add up.
+    """
+
+    title: ClassVar[str] = "supernet"
+    passes: ClassVar[tuple[str, ...]] = ("loss_keep", "loss_random", "loss_random", "loss_pruned")
+
+    def __init__(self, *, count: int | None = None, recipe: str | None = None) -> None:
+        """Prepare.
+
+        Args:
+            count: pruned blocks of the random subnets; left out, drawn anew for each from 1 to all but one.
+            recipe: prune under this recipe instead of each block's default.
+        """
+        self.count = count
+        self.recipe = recipe
+        self._generator = torch.Generator()
+
+    def before_training(self, session: Session) -> None:
+        cast(Supernet, session.network).set_blend(1.0)
+
+    def before_epoch(self, session: Session, epoch: int) -> None:
+        self._generator.manual_seed(derive_seed(session.seed, "sandwich", epoch))  # the same in every process
+
+    def step(self, session: Session, images: Tensor, targets: Tensor) -> list[Tensor]:
+        network = cast(Supernet, session.network)
+        subnets = (
+            network.all_keep(),
+            self._draw(network),
+            self._draw(network),
+            network.all_pruned(self.recipe),
+        )
+        losses = []
+        for number, subnet in enumerate(subnets, start=1):
+            network.set_subnet(subnet)
+            losses.append(session.run_pass(images, targets, last=number == len(subnets)))
+        return losses
+
+    def _draw(self, network: Supernet) -> SubnetConfig:
+        count = self.count
+        if count is None:
+            count = int(torch.randint(1, max(len(network.available), 2), (), generator=self._generator))
+        return network.sample(self._generator, count, self.recipe)
+
+    def after_training(self, session: Session) -> None:
+        for network in cast(list[Supernet], session.networks()):
+            network.set_subnet(network.all_keep())
+
+
+class Progressive(Policy):
+    """From baseline blocks to pruned blocks, while training: ``o = (1 - blend) Bb(x) + blend Bp(x)`` (eq. 2).
+
+    The blend follows `blend_at`. New norms are calibrated before training. When the blend reaches 1 the
+    baseline branches go; a kernel change comes at its moment, and norms are calibrated again. The network's
+    average goes through the same changes: a crop of averaged weights is the average of cropped weights.
+    """
+
+    title: ClassVar[str] = "finetune"
+
+    def __init__(self, subnet: SubnetConfig, settings: BlendSettings, calibration: Iterable[Tensor]) -> None:
+        """Prepare.
+
+        Args:
+            subnet: what is pruned; the supernet holds the baseline's weights.
+            settings: the blend's course.
+            calibration: batches of images, eval-transformed; iterated at every calibration.
+        """
+        self.subnet = subnet
+        self.settings = settings
+        self.calibration = calibration
+        self.blend = 0.0
+        self._freed = False
+
+    def before_training(self, session: Session) -> None:
+        cast(Supernet, session.network).reduce(self.subnet)
+        self._set_blend(session, 0.0)
+        self._swap(session, 0.0)
+        self._calibrate(session)
+
+    def before_step(self, session: Session, position: float) -> None:
+        changed = self._set_blend(session, position)
+        swapped = self._swap(session, position)
+        if changed or swapped:
+            session.connect()
+        if swapped:
+            self._calibrate(session)
+
+    def after_training(self, session: Session) -> None:
+        """Whatever the settings say, what is merged is the pruned network in its final shape."""
+        self._set_blend(session, math.inf)
+        if self._swap(session, math.inf):
+            self._calibrate(session)
+
+    def record(self) -> dict[str, float]:
+        return {"blend": self.blend}
+
+    def _set_blend(self, session: Session, position: float) -> bool:
+        """Set the blend for this position; True if baseline branches went with it."""
+        if self._freed:
+            return False
+        epochs = session.settings.epochs
+        self.blend = 1.0 if position >= epochs else blend_at(position, epochs, self.settings)
+        self._freed = self.blend == 1.0
+        for network in cast(list[Supernet], session.networks()):
+            network.set_blend(self.blend)
+            if self._freed:
+                network.free_baseline()
+        return self._freed
+
+    def _swap(self, session: Session, position: float) -> bool:
+        """Make the kernel changes that are due; True if there were any."""
+        progress = min(1.0, position / max(session.settings.epochs, 1))
+        swapped = [network.resize(progress) for network in cast(list[Supernet], session.networks())]
+        return any(swapped)
+
+    def _calibrate(self, session: Session) -> None:
+        networks = cast(list[Supernet], session.networks())
+        for network in networks:
+            network.set_blend(max(self.blend, _FIRST_BLEND))
+        session.calibrate(self.calibration)
+        for network in networks:
+            network.set_blend(self.blend)
+
+
+def blend_at(position: float, epochs: int, settings: BlendSettings) -> float:
+    """The blend (the paper's lambda) at a position in training.
+
+    ``1 - cos(pi/2 * C*K/T)`` for ``C <= T/K``, then 1 (UPDP eq. 3): flat at first, steep at its end.
+
+    Args:
+        position: epochs trained so far (fractional); C is this, or its whole part with ``per: epoch``.
+        epochs: T, the length of training.
+        settings: K and the mode; ``direct`` is 1 from the start.
+    """
+    if settings.mode == "direct" or epochs <= 0:
+        return 1.0
+    current = math.floor(position) if settings.per == "epoch" else position
+    if current * settings.K >= epochs:
+        return 1.0
+    return 1.0 - math.cos(math.pi / 2 * current * settings.K / epochs)

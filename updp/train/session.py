@@ -1,0 +1,173 @@
+"""One training under way: the network, its weight average, and all that must follow when it changes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.utils import random_seed
+from torch import Tensor, nn
+
+from updp.spec import TrainSettings
+from updp.train.factory import (
+    carry_state,
+    make_average,
+    make_loss,
+    make_mixer,
+    make_optimizer,
+    make_scheduler,
+)
+
+
+def derive_seed(seed: int, *parts: object) -> int:
+    """A seed of 31 bits for one part of a run, the same on every machine."""
+    digest = hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class _Forward(nn.Module):
+    """What the accelerator wraps. The network inside stays plain, so that it can change and be calibrated."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits
+
+
+class Session:
+    """The state that policies work on.
+
+    Attributes:
+        network: the module that is trained, in float32 and unwrapped.
+        settings: how.
+        seed: what every random choice is derived from.
+        steps_per_epoch: optimizer steps in an epoch.
+        updates: optimizer steps made.
+        accelerator: device, processes, precision.
+        optimizer, scheduler: timm's; None before `connect`, the scheduler also where the settings have none.
+        average: timm's moving average of the weights, or None.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        settings: TrainSettings,
+        *,
+        accelerator: Accelerator,
+        seed: int,
+        steps_per_epoch: int,
+    ) -> None:
+        self.network = network.to(accelerator.device)
+        self.settings = settings
+        self.accelerator = accelerator
+        self.seed = seed
+        self.steps_per_epoch = steps_per_epoch
+        self.updates = 0
+        self.memory_format = torch.preserve_format
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        self.average: Any = None
+        self.criterion = make_loss(settings)
+        self.mixer = make_mixer(network, settings)
+        self._forward: nn.Module | None = None
+
+    @property
+    def position(self) -> float:
+        """Epochs trained so far, with their fraction."""
+        return self.updates / self.steps_per_epoch
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def result(self) -> nn.Module:
+        """The network whose weights this training is for: the average where there is one."""
+        return self.network if self.average is None else self.average.module
+
+    def networks(self) -> list[nn.Module]:
+        """The network and its average; a policy that changes one changes both, so that they stay alike."""
+        return [self.network] if self.average is None else [self.network, self.average.module]
+
+    def start_average(self) -> None:
+        """Begin to average the weights, where the settings ask for it."""
+        self.average = make_average(self.network, self.settings)
+
+    def connect(self) -> None:
+        """Wrap the network as it is now, and tell the optimizer.
+
+        To be called again after parameters came or went: what the optimizer knows of those that stay is kept,
+        the scheduler goes on from the same step, and nothing holds those that are gone.
+        """
+        old = self.optimizer
+        self._forward = self.optimizer = self.scheduler = None
+        self.accelerator.free_memory()
+        for network in self.networks():
+            network.to(memory_format=self.memory_format)
+        optimizer = make_optimizer(self.network, self.settings)
+        if old is not None:
+            carry_state(old.optimizer, optimizer)
+        self._forward, self.optimizer = self.accelerator.prepare(_Forward(self.network), optimizer)
+        self.scheduler = make_scheduler(optimizer, self.settings, self.steps_per_epoch)
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.updates)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Training mode, and random numbers that depend only on seed, epoch and process."""
+        random_seed(derive_seed(self.seed, epoch, self.accelerator.process_index))
+        assert self._forward is not None
+        self._forward.train()
+
+    def receive(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch on the device, in the network's memory format, mixed if the settings say so."""
+        device = self.accelerator.device
+        images = images.to(device, non_blocking=True, memory_format=self.memory_format)
+        targets = targets.to(device, non_blocking=True)
+        return (images, targets) if self.mixer is None else self.mixer(images, targets)
+
+    def run_pass(self, images: Tensor, targets: Tensor, *, last: bool = True) -> Tensor:
+        """Forward and backward; gradients add up, and processes share them in the last pass. The loss."""
+        assert self._forward is not None
+        with nullcontext() if last else self.accelerator.no_sync(self._forward):
+            loss: Tensor = self.criterion(self._forward(images), targets)
+            self.accelerator.backward(loss)
+        return loss.detach()
+
+    def update(self) -> None:
+        """One optimizer step with the gradients at hand, and all that follows it."""
+        if self.settings.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.network.parameters(), self.settings.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.updates)
+        if self.average is not None:
+            self.average.update(self.network, step=self.updates)
+
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Estimate the norms of the current subnet, in every network with its own weights, in float32.
+
+        Every process sees all batches, so that the statistics agree.
+        """
+        for network in self.networks():
+            training = network.training
+            network.calibrate(batch.to(self.accelerator.device) for batch in batches)  # type: ignore[operator]
+            network.train(training)
+
+    def finish(self) -> None:
+        """Put the averaged weights into the network."""
+        if self.average is not None:
+            self.network.load_state_dict(self.average.module.state_dict())
+
+    def release(self) -> None:
+        """Let go of optimizer and wrapper; the accelerator can be used for the next stage."""
+        self._forward = self.optimizer = self.scheduler = None
+        self.accelerator.free_memory()
