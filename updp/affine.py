@@ -94,6 +94,12 @@ class Affine:
         """Sees one position only and nothing outside the map: 1x1, not padded."""
         return self.kernel_size == (1, 1) and self.padding == NO_PADS
 
+    def to(self, device: torch.device) -> Affine:
+        if self.weight.device == device:
+            return self
+        bias, taps = (None if t is None else t.to(device) for t in (self.bias, self.taps))
+        return replace(self, weight=self.weight.to(device), bias=bias, taps=taps)
+
     @property
     def span(self) -> Pair:
         """How many pixels beyond the first tap the last one reaches."""

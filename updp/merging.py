@@ -54,20 +54,22 @@ class _Piece:
 
 
 def merge_flow(
-    flow: PrunedFlow, channels: int, opaques: Mapping[str, language.Opaque] | None = None
+    flow: PrunedFlow, channels: int, opaques: Mapping[str, language.Opaque] | None = None, *, values: bool = True
 ) -> tuple[MergedFlow, tuple[Segment, ...]]:
     """Merge one pruned flow.
 
     Args:
         channels: of its input.
         opaques: opaque steps by name, with their claims.
+        values: False builds the merged modules without computing their weights (they stay on the meta device):
+            for counting, and for loading a saved network.
 
     Raises:
         MergeError: a run cannot be composed exactly, or kernel changes are still to come.
     """
     if flow.pending:
         raise MergeError(f"kernel changes of {', '.join(flow.pending)} are still to come; resize first")
-    merger = _Merger(flow, opaques or {})
+    merger = _Merger(flow, opaques or {}, values)
     segments, _ = merger.flow(flow.nodes, channels)
     nodes = tuple(node for segment in segments for node in segment.merged)
     merged = MergedFlow(nodes, merger.parts, flow.entry, flow.extras)
@@ -75,10 +77,9 @@ def merge_flow(
 
 
 class _Merger:
-    def __init__(self, flow: PrunedFlow, opaques: Mapping[str, language.Opaque]) -> None:
-        self.source = flow
+    def __init__(self, flow: PrunedFlow, opaques: Mapping[str, language.Opaque], values: bool) -> None:
         self.opaques = opaques
-        self.sources = flow.named_parts
+        self.sources = flow.named_parts if values else _without_values(flow.named_parts)
         memo: dict[int, object] = {}
         self.parts = {name: copy.deepcopy(part, memo) for name, part in self.sources.items()}
         self.merged_names = 0
@@ -225,12 +226,19 @@ class _Merger:
         return Segment(tuple(piece.nodes), (piece.nodes[piece.core],), op)
 
 
+def _without_values(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The affine parts on the meta device: shapes without values."""
+    affine_parts = {name for name, part in parts.items() if kind_of(part).affine is not None}
+    return {n: copy.deepcopy(part).to("meta") if n in affine_parts else part for n, part in parts.items()}
+
+
 def affine_of(nodes: Nodes, parts: Mapping[str, nn.Module], channels: int) -> Affine:
     """The one operator that a chain of affine nodes computes, float64.
 
     Raises:
         MergeError: with the step at which exactness would be lost.
     """
+    device = _device_of(nodes, parts)
     total: Affine | None = None
     for node in nodes:
         width = channels if total is None else total.out_channels
@@ -242,18 +250,25 @@ def affine_of(nodes: Nodes, parts: Mapping[str, nn.Module], channels: int) -> Af
         elif isinstance(node, Run):
             current = affine_of(node.flow, parts, width)
         elif isinstance(node, Parallel):
-            branches = [affine_of(flow, parts, width) if flow else affine.identity(width) for flow in node.flows]
+            unit = affine.identity(width)
+            branches = [affine_of(flow, parts, width) if flow else unit.to(device) for flow in node.flows]
             current = branches[0]
             for branch in branches[1:]:
                 current = affine.add(current, branch)
         else:
             raise MergeError(f"{type(node).__name__} is not affine")
         try:
-            total = current if total is None else affine.compose(current, total)
+            total = current.to(device) if total is None else affine.compose(current.to(device), total)
         except MergeError as error:
             raise MergeError(f"at {getattr(node, 'name', None) or 'a sum'}: {error}") from None
     assert total is not None
     return total
+
+
+def _device_of(nodes: Nodes, parts: Mapping[str, nn.Module]) -> torch.device:
+    """Where a chain's weights are; units have none of their own."""
+    modules = (parts[node.name] for node in walk(nodes) if isinstance(node, Call))
+    return next((t.device for m in modules for t in m.parameters()), torch.device("cpu"))
 
 
 def fold_into(module: nn.Module, step: str, path: str, diagonal: Affine, inside: bool) -> None:
@@ -267,7 +282,7 @@ def fold_into(module: nn.Module, step: str, path: str, diagonal: Affine, inside:
     form = kind_of(target).affine
     if form is None:
         raise MergeError(f"{path} can take no norm: it is {type(target).__name__}")
-    own = form(target, diagonal.out_channels)
+    own = form(target, diagonal.out_channels).to(diagonal.weight.device)
     if inside and own.padding != NO_PADS and diagonal.bias is not None:
         raise MergeError(f"{path} pads its input, so a norm in front cannot be folded into it")
     folded = affine.compose(own, diagonal) if inside else affine.compose(diagonal, own)
@@ -283,6 +298,12 @@ def opaque_target(module: nn.Module, step: str, path: str) -> nn.Module:
 
 def _assign(target: nn.Module, folded: Affine) -> None:
     with torch.no_grad():
+        if folded.bias is not None and getattr(target, "bias", None) is None:
+            like = target.weight
+            assert isinstance(like, nn.Parameter)
+            target.bias = nn.Parameter(like.new_zeros(folded.out_channels))
+        if folded.weight.is_meta:
+            return
         if isinstance(target, _BatchNorm):
             assert folded.bias is not None and target.running_mean is not None and target.running_var is not None
             target.running_mean.zero_()
@@ -294,8 +315,6 @@ def _assign(target: nn.Module, folded: Affine) -> None:
         assert isinstance(weight, nn.Parameter)
         weight.copy_(folded.weight.reshape(weight.shape))
         if folded.bias is not None:
-            if target.bias is None:
-                target.bias = nn.Parameter(torch.zeros_like(weight[:, 0].flatten()[: folded.out_channels]))
             assert isinstance(target.bias, nn.Parameter)
             target.bias.copy_(folded.bias)
 
@@ -336,7 +355,7 @@ def claims_of(bound: BoundBlock) -> dict[str, language.Opaque]:
     return {name: opaque for name, (opaque, _) in bound.opaques.items()}
 
 
-def merge_blocks(supernet: Supernet) -> list[MergedBlock]:
+def merge_blocks(supernet: Supernet, *, values: bool = True) -> list[MergedBlock]:
     """Merge every pruned block of the current subnet; the supernet is not changed."""
     merged = []
     for name, block in supernet.blocks.items():
@@ -344,8 +363,9 @@ def merge_blocks(supernet: Supernet) -> list[MergedBlock]:
             continue
         flow = block.choices[block.active]
         assert isinstance(flow, PrunedFlow)
+        claims = claims_of(supernet.bound[name])
         try:
-            result, segments = merge_flow(flow, supernet.bound[name].channels[0], claims_of(supernet.bound[name]))
+            result, segments = merge_flow(flow, supernet.bound[name].channels[0], claims, values=values)
         except MergeError as error:
             raise MergeError(f"block {name}, recipe {block.active}: {error}") from None
         merged.append(MergedBlock(name, flow, result, segments))
