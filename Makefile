@@ -16,6 +16,9 @@ DEMO_SPEC_convnext  := convnext_digits
 DEMO_PRUNE_convnext := 5
 DEMO_SPEC_deit      := deit_digits
 DEMO_PRUNE_deit     := 4
+ifeq ($(DEMO_SPEC_$(DEMO)),)
+$(error got DEMO=$(DEMO), allowed: convnext, deit)
+endif
 
 INSTALL_SOURCES := pyproject.toml constraints.txt CMakeLists.txt updp/__init__.py $(wildcard csrc/*)
 CXX_SOURCES     := $(wildcard csrc/*.cpp csrc/*.h)
@@ -27,7 +30,6 @@ help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 demo: $(VENV)/installed-export  ## Train, prune, merge and measure a small network on real digits (DEMO=convnext or deit)
-	@test -n "$(DEMO_SPEC_$(DEMO))" || { echo "make demo: got DEMO=$(DEMO), allowed: convnext, deit" >&2; exit 2; }
 	$(BIN)/updp run $(DEMO_SPEC_$(DEMO)) --data digits --prune $(DEMO_PRUNE_$(DEMO)) --out runs/demo-$(DEMO)
 
 test: lint  ## Check style and types, run the tests (under 15 minutes on 2 cores)
@@ -36,8 +38,9 @@ test: lint  ## Check style and types, run the tests (under 15 minutes on 2 cores
 test-all: lint  ## As test, with the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-bench: $(VENV)/installed-dev  ## Time the kernels against torch; fails if one is slower than it should be
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench --benchmark-enable --benchmark-sort=name
+bench: $(VENV)/installed-dev  ## Time the kernels against torch, figures also in build/bench.json; fails if a guard does
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench -rP --benchmark-enable --benchmark-json=build/bench.json \
+	    --benchmark-columns=mean,median,iqr,rounds --benchmark-sort=mean --benchmark-group-by=group
 
 lint: $(VENV)/installed-dev  ## Check style, types, C++ format and the specs
 	$(BIN)/ruff check .

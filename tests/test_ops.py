@@ -1,4 +1,4 @@
-"""depthwise_compose: the reference does what two convolutions do; every kernel row gives the reference's bits."""
+"""depthwise_compose: the reference does what two convolutions do; every kernel row gives its bits."""
 
 import math
 import re

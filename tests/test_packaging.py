@@ -17,8 +17,8 @@ import updp
 ROOT = Path(__file__).parents[1]
 SPECS = sorted(path.stem for path in (ROOT / "specs").glob("*.yaml"))
 
-# Runs without site-packages' .pth files, so that an installed (or editable) updp of the test environment stays
-# out of the way: the tree under test comes first, the other packages are found by their folder alone.
+# Runs without site-packages' .pth files, so that an installed (or editable) updp of the test environment
+# stays out of the way: the tree under test comes first, the other packages are found by their folder alone.
 PROBE = """
 import json, site, sys
 sys.path.insert(0, sys.argv[1])

@@ -13,7 +13,7 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -74,8 +74,7 @@ def _pick(op: str, dtype: torch.dtype, variant: str | None) -> str:
     return variant
 
 
-@dataclass(frozen=True)
-class _Axis:
+class _Axis(NamedTuple):
     """One axis: inner tap ``a`` and outer tap ``b`` meet at ``a * inner_step + b * outer_step``."""
 
     grid: int  # dilation of the composed weight
@@ -145,7 +144,7 @@ def _check_weights(outer: Tensor, inner: Tensor) -> None:
         )
 
 
-def _check_geometry(outer: Tensor, inner: Tensor, **pairs: Pair) -> None:
+def _checked_axes(outer: Tensor, inner: Tensor, **pairs: Pair) -> tuple[_Axis, _Axis]:
     for name, pair in pairs.items():
         if len(pair) != 2 or any(not 1 <= value < 2**31 for value in pair):
             raise ValueError(
@@ -157,6 +156,7 @@ def _check_geometry(outer: Tensor, inner: Tensor, **pairs: Pair) -> None:
             f"depthwise_compose: the composed weight would be {axes[0].size} x {axes[1].size} taps a channel,"
             f" more than {_MAX_TAPS}"
         )
+    return axes
 
 
 def depthwise_compose(
@@ -212,12 +212,11 @@ def _depthwise_compose_cpu(
         "inner_dilation": inner_dilation,
         "outer_dilation": outer_dilation,
     }
-    _check_geometry(outer, inner, **geometry)
+    rows, columns = _checked_axes(outer, inner, **geometry)
     picked = _pick("dwcompose", outer.dtype, variant) if outer.device.type == "cpu" else REFERENCE
     if picked == REFERENCE:
         return depthwise_compose_reference(outer, inner, **geometry)
     outer, inner = outer.contiguous(), inner.contiguous()
-    rows, columns = _axes(outer, inner, **geometry)
     out = inner.new_empty(inner.shape[0], rows.size, columns.size)
     arrays = [(t.data_ptr(), tuple(t.shape), t.stride()) for t in (outer, inner, out)]
     assert _native is not None  # only its rows are ever picked
