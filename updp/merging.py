@@ -197,12 +197,14 @@ class _Merger:
         assert isinstance(like, Tensor)
 
         def parameter(tensor: Tensor) -> nn.Parameter:
-            return nn.Parameter(tensor.to(like.device, like.dtype))
+            # Fresh memory, since strides choose the convolution algorithm (of size-1 dimensions too, which
+            # `contiguous` leaves alone): the same weights loaded again must give the same bits.
+            return nn.Parameter(torch.empty(tensor.shape, dtype=like.dtype, device=like.device).copy_(tensor))
 
         weight, bias = parameter(composed.weight), None if composed.bias is None else parameter(composed.bias)
         if not any(kind_of(m).layout == "first" for m in operators):
             linear = nn.Linear(composed.in_channels, composed.out_channels, bias=bias is not None, device="meta")
-            linear.weight, linear.bias = nn.Parameter(weight.data[:, :, 0, 0]), bias
+            linear.weight, linear.bias = nn.Parameter(weight.data.flatten(1)), bias
             return linear.eval()
         taps = None if composed.taps is None else composed.taps.to(like.device, like.dtype)
         return make_conv(
