@@ -92,6 +92,13 @@ def count(
     return Count(macs, params, sum(elements), depth, tuple(rows), bn_weight)
 
 
+def count_macs(module: nn.Module, x: Tensor) -> int:
+    """Multiply-accumulates of one call: convolutions, linears and attention products."""
+    with evaluating(module), torch.no_grad(), _unfused_attention(module), FlopCounterMode(display=False) as counter:
+        module(x)
+    return int(counter.get_total_flops() // 2)
+
+
 def _counted_norms(model: nn.Module) -> list[nn.Module]:
     appended = {
         id(part) for flow in model.modules() if isinstance(flow, FlowModule)
