@@ -171,6 +171,8 @@ def compose(outer: Affine, inner: Affine) -> Affine:
     """
     if outer.in_channels != inner.out_channels:
         raise MergeError(f"{outer.in_channels} input channels do not fit {inner.out_channels} output channels")
+    if outer.taps is not None and not inner.pointwise:
+        raise MergeError("a bias per tap knows only the map it was made for: nothing padded or wider can go in front")
     padding = _composed_padding(outer, inner)
     weight, groups, dilation = _contract(outer, inner)
     bias, taps = _composed_bias(outer, inner)
@@ -195,11 +197,15 @@ def _composed_padding(outer: Affine, inner: Affine) -> Padding:
 
 
 def _check_sees_only_zeros(outer: Affine, inner: Affine) -> None:
-    """Outside its map the inner operator must see nothing but zeros: padding >= span on every side padded again."""
+    """Outside its map the inner operator must see only zeros: padding >= span on every side padded again.
+
+    Enough at any stride: the first position behind ``n`` outputs reads from ``n * stride - padding before`` on,
+    which is at least ``size + padding behind - span``.
+    """
     assert not isinstance(inner.padding, Same) and not isinstance(outer.padding, Same)
     span = (inner.span[0], inner.span[0], inner.span[1], inner.span[1])
     wrong = any(o > 0 and i < s for o, i, s in zip(outer.padding, inner.padding, span, strict=True))
-    if wrong or inner.stride != (1, 1) or inner.bias is not None or inner.taps is not None:
+    if wrong or inner.bias is not None or inner.taps is not None:
         kind = f"{inner.kernel_size[0]}x{inner.kernel_size[1]}"
         raise MergeError(
             f"a padded operator after a {kind} one is wrong in the border ring, and no bias map repairs it;"
