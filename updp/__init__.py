@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from updp.artefact import load as load
     from updp.artefact import verify as verify
     from updp.exporting import export as export
-    from updp.merging import merge as merge
+    from updp.certificate import merge as merge
     from updp.spec import list_specs as list_specs
     from updp.spec import load_spec as load_spec
     from updp.subnet import SubnetConfig as SubnetConfig
@@ -32,7 +32,7 @@ _HOMES = {
     "list_specs": "updp.spec",
     "load": "updp.artefact",
     "load_spec": "updp.spec",
-    "merge": "updp.merging",
+    "merge": "updp.certificate",
     "verify": "updp.artefact",
 }
 
