@@ -83,10 +83,9 @@ def suggest(got: str, allowed: Iterable[str]) -> str:
         return f"got {got!r}, but there is none"
     folded = {name.casefold(): name for name in reversed(names)}
     near = [folded[name] for name in difflib.get_close_matches(got.casefold(), folded, n=_NEAREST)]
+    shown = names if len(names) <= _MANY else near or names[:_NEAREST]
+    listing = ", ".join(name if name.isprintable() else repr(name) for name in shown)
     if len(names) > _MANY:
-        shown = near or names[:_NEAREST]
-        listing = f"{', '.join(shown)}, … ({len(names)} in all)"
-    else:
-        listing = ", ".join(names)
+        listing += f", … ({len(names)} in all)"
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return f"got {got!r}, allowed: {listing}{hint}"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from updp.errors import InputError, Place, Problem, suggest
+from updp.files import write_text
 from updp.frozen import FrozenMap
 
 VERSION = 1
@@ -52,7 +51,7 @@ class SubnetConfig:
     def to_json(self) -> str:
         """The text of a subnet file."""
         data = {"version": self.version, "spec": self.spec, "choices": dict(self.choices)}
-        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(data, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, file: str = "<text>") -> SubnetConfig:
@@ -90,20 +89,7 @@ class SubnetConfig:
         Raises:
             InputError: if it cannot be written.
         """
-        target = Path(path)
-        temporary: str | None = None
-        try:
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(self.to_json())
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, target)
-        except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
-            reason = error.strerror or str(error)
-            raise InputError([Problem(Place(str(path)), "", f"cannot write the subnet: {reason}")]) from None
+        write_text(path, self.to_json())
 
     def check(self, spec_name: str, available: Mapping[str, Sequence[str]]) -> None:
         """Check against a network: its spec's name and the recipes of each of its blocks.

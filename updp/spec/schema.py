@@ -84,7 +84,7 @@ def where(path: Sequence[str | int]) -> str:
 def show(value: Any) -> str:
     """A value, short enough for a message, in YAML's words."""
     if isinstance(value, dict):
-        inner = ", ".join(str(key) for key in value)
+        inner = ", ".join(repr(key) for key in value)
         text = f"a mapping with {inner}" if value else "an empty mapping"
     elif isinstance(value, list):
         text = "a list" if value else "an empty list"
