@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -44,7 +43,7 @@ def python(*arguments, cwd):
 
 
 def probe(folder, cwd):
-    libraries = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    libraries = [entry for entry in sys.path if "site-packages" in entry]
     return json.loads(python("-c", PROBE, str(folder), *libraries, cwd=cwd))
 
 
