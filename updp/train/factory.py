@@ -49,9 +49,7 @@ def make_optimizer(network: nn.Module, settings: TrainSettings) -> Optimizer:
     known = [str(optimizer) for optimizer in list_optimizers()]
     if name.removeprefix("lookahead_") not in known:
         raise InputError(f"optimizer: {suggest(settings.optimizer, known)}")
-    groups = param_groups_weight_decay(
-        network, settings.weight_decay, no_weight_decay_list=_undecayed(network)
-    )
+    groups = param_groups_weight_decay(network, settings.weight_decay, no_weight_decay_list=_undecayed(network))
     try:
         optimizer: Optimizer = create_optimizer_v2(
             groups, opt=name, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum

@@ -50,7 +50,7 @@ class FitResult:
 
     Attributes:
         history: per epoch ``epoch`` (from 1), the policy's losses, ``lr``, what the policy records, the
-            scores of ``evaluate`` where it was called, ``seconds``. The last scores are the returned network's.
+            scores of ``evaluate`` where it was called, ``seconds``. The last ones are the returned network's.
         seconds: of the whole.
     """
 
@@ -103,24 +103,31 @@ def fit(
     start = time.perf_counter()
     watch.on_start(settings.epochs * len(loader), policy.title)
     try:
-        policy.before_training(session)
-        session.start_average()
-        session.connect()
-        history = []
-        for epoch in range(settings.epochs):
-            record = _run_epoch(
-                session, policy, loader, epoch, watch, _due(evaluate, epoch, eval_every, settings)
-            )
-            history.append(record)
-            watch.on_epoch(record)
-        if not settings.epochs:
-            policy.after_training(session)
-        session.finish()
+        history = _train(session, policy, loader, watch, evaluate, eval_every)
     finally:
         watch.on_end()
         session.release()
     network.eval()
     return FitResult(history, time.perf_counter() - start)
+
+
+def _train(
+    session: Session, policy: Policy, loader: Any, watch: Progress, evaluate: Evaluate | None, eval_every: int
+) -> list[dict[str, Any]]:
+    """All epochs; the network ends with the weights that the last evaluation saw."""
+    policy.before_training(session)
+    if not session.settings.epochs:
+        policy.after_training(session)
+        return []
+    session.start_average()
+    session.connect()
+    history = []
+    for epoch in range(session.settings.epochs):
+        due = _due(evaluate, epoch, eval_every, session.settings)
+        history.append(_run_epoch(session, policy, loader, epoch, watch, due))
+        watch.on_epoch(history[-1])
+    session.finish()
+    return history
 
 
 def _due(evaluate: Evaluate | None, epoch: int, every: int, settings: TrainSettings) -> Evaluate | None:

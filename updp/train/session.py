@@ -107,8 +107,8 @@ class Session:
         the scheduler goes on from the same step, and nothing holds those that are gone.
         """
         old = self.optimizer
-        self._forward = self.optimizer = self.scheduler = None
-        self.accelerator.free_memory()
+        if old is not None:
+            self.release()
         for network in self.networks():
             network.to(memory_format=self.memory_format)
         optimizer = make_optimizer(self.network, self.settings)
