@@ -250,8 +250,7 @@ NAME_CASES = {
         GOOD,
         GOOD.replace("recipes:\n", "  other: [conv1]\nrecipes:\n", 1).replace(
             "blocks:",
-            "  more: {extends: full, replace: {bn1: relu}}\nblocks:\n"
-            "  - {match: b, structure: other, recipes: [more]}",
+            "  more: {extends: full, replace: {bn1: relu}}\nblocks:\n  - {match: b, structure: other, recipes: [more]}",
         ),
         [
             (
@@ -381,9 +380,7 @@ def test_a_bad_part_of_a_recipe_does_not_hide_its_other_parts():
 
 def test_the_form_of_a_message():
     (problem,) = problems_of(GOOD.replace("[full]", "[ful]"))
-    expected = (
-        "s.yaml:16:53: blocks[0].recipes[0]: no such recipe: got 'ful', allowed: full (did you mean 'full'?)"
-    )
+    expected = "s.yaml:16:53: blocks[0].recipes[0]: no such recipe: got 'ful', allowed: full (did you mean 'full'?)"
     assert str(problem) == expected
 
 
@@ -421,9 +418,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
-    with pytest.raises(
-        SpecError, match=r"no such spec: got 'convnext_tony', allowed: .*did you mean 'convnext_tiny'"
-    ):
+    with pytest.raises(SpecError, match=r"no such spec: got 'convnext_tony', allowed: .*did you mean 'convnext_tiny'"):
         load_spec("convnext_tony")
 
 
@@ -434,9 +429,7 @@ def test_the_command_checks_all_files(tmp_path):
 
     def run(*arguments):
         command = [sys.executable, "-m", "updp.spec", *map(str, arguments)]
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
-        )
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
 
     assert (run(good).returncode, run(good).stderr) == (0, "")
     result = run(bad, good, tmp_path / "none.yaml")
@@ -482,8 +475,7 @@ def test_all_bad_settings_come_together():
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text("ab.*[]:/0{}&!", max_size=8),
     lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["sum", "at", "x\n", "after", "\ud800"]), inner)
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["sum", "at", "x\n", "after", "\ud800"]), inner)
     ),
     max_leaves=6,
 )
@@ -491,9 +483,7 @@ JSON = st.recursive(
 
 def paths_in(value, path=()):
     yield path
-    entries = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    )
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in entries:
         yield from paths_in(item, (*path, key))
 

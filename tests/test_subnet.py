@@ -66,9 +66,7 @@ def test_written_is_read_again(choices, spec):
     assert SubnetConfig.from_json(config.to_json()) == config
 
 
-@given(
-    st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x))
-)
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
 def test_other_json_gives_an_input_error(data):
     with pytest.raises(InputError):
         SubnetConfig.from_json(json.dumps(data))
@@ -162,14 +160,9 @@ def test_check():
     with pytest.raises(InputError, match="spec: the subnet is for another spec: got 'small', allowed: large"):
         read().check("large", AVAILABLE)
     with pytest.raises(InputError) as caught:
-        SubnetConfig("small", {"block.1": "full", "blocks.2": "ful", "blocks.3": "full"}).check(
-            "small", AVAILABLE
-        )
+        SubnetConfig("small", {"block.1": "full", "blocks.2": "ful", "blocks.3": "full"}).check("small", AVAILABLE)
     first, second = map(str, caught.value.problems)
-    assert first.startswith(
-        "choices['block.1']: no such prunable block: got 'block.1', allowed: blocks.0, blocks.1,"
-    )
+    assert first.startswith("choices['block.1']: no such prunable block: got 'block.1', allowed: blocks.0, blocks.1,")
     assert second == (
-        "choices['blocks.2']: no such choice: "
-        "got 'ful', allowed: keep, pointwise, full (did you mean 'full'?)"
+        "choices['blocks.2']: no such choice: got 'ful', allowed: keep, pointwise, full (did you mean 'full'?)"
     )

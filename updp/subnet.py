@@ -133,9 +133,7 @@ def _parse(text: str, file: str) -> Any:
 def _from_data(data: Any, file: str) -> SubnetConfig:
     place = Place(file)
     if not isinstance(data, dict):
-        raise InputError(
-            [Problem(place, "", 'allowed: {"version": 1, "spec": NAME, "choices": {BLOCK: RECIPE}}')]
-        )
+        raise InputError([Problem(place, "", 'allowed: {"version": 1, "spec": NAME, "choices": {BLOCK: RECIPE}}')])
     keys = ("version", "spec", "choices")
     problems = [Problem(place, "", f"unknown key: {suggest(key, keys)}") for key in data if key not in keys]
     problems += [Problem(place, "", f"the key {key!r} is missing") for key in keys if key not in data]

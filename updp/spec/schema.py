@@ -106,9 +106,7 @@ def _most_relevant(error: ValidationError) -> Iterator[ValidationError]:
     fitting = {index: inner for index, inner in forms.items() if not any(map(_is_other_kind, inner))}
     if len(fitting) > 1:
         listed: Any = error.validator_value
-        fitting = {
-            index: inner for index, inner in fitting.items() if _has_own_key(listed[index], error.instance)
-        }
+        fitting = {index: inner for index, inner in fitting.items() if _has_own_key(listed[index], error.instance)}
     if len(fitting) != 1:
         yield error
         return
