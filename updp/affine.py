@@ -135,6 +135,7 @@ def pad(channels: int, padding: Padding, *, like: Tensor | None = None) -> Affin
 
 
 def negate(channels: int, *, like: Tensor | None = None) -> Affine:
+    """Minus the identity."""
     unit = identity(channels, like=like)
     return replace(unit, weight=-unit.weight)
 
@@ -222,8 +223,12 @@ def _contract(outer: Affine, inner: Affine) -> tuple[Tensor, int, Pair]:
         dilation = _common_dilation(outer, inner)
         return weight[:, None], groups, dilation
     dilation = _common_dilation(outer, inner)
-    size = [(i + (k - 1) * st) // d + 1 for i, k, st, d in zip(inner.span, outer.kernel_size, step, dilation, strict=True)]
-    groups = inner.groups if outer.depthwise else outer.groups if inner.depthwise else math.gcd(outer.groups, inner.groups)
+    size = [
+        (i + (k - 1) * st) // d + 1 for i, k, st, d in zip(inner.span, outer.kernel_size, step, dilation, strict=True)
+    ]
+    groups = (
+        inner.groups if outer.depthwise else outer.groups if inner.depthwise else math.gcd(outer.groups, inner.groups)
+    )
     weight = outer.weight.new_zeros(outer.out_channels, inner.in_channels // groups, size[0], size[1])
     rows, columns = inner.kernel_size
     stride_in = (inner.dilation[0] // dilation[0] or 1, inner.dilation[1] // dilation[1] or 1)
@@ -231,8 +236,12 @@ def _contract(outer: Affine, inner: Affine) -> tuple[Tensor, int, Pair]:
     for y in range(outer.kernel_size[0]):
         for x in range(outer.kernel_size[1]):
             top, left = y * step[0] // dilation[0], x * step[1] // dilation[1]
-            window = weight[:, :, top : top + (rows - 1) * stride_in[0] + 1 : stride_in[0],
-                            left : left + (columns - 1) * stride_in[1] + 1 : stride_in[1]]  # fmt: skip
+            window = weight[
+                :,
+                :,
+                top : top + (rows - 1) * stride_in[0] + 1 : stride_in[0],
+                left : left + (columns - 1) * stride_in[1] + 1 : stride_in[1],
+            ]
             window += product(y, x)
     return weight, groups, dilation
 
@@ -304,7 +313,11 @@ def add(first: Affine, second: Affine) -> Affine:
         raise MergeError(f"the branches of a sum differ in stride: {first.stride} and {second.stride}")
     groups = math.gcd(first.groups, second.groups)
     if isinstance(first.padding, Same) or isinstance(second.padding, Same):
-        if (first.padding, first.kernel_size, first.dilation) != (second.padding, second.kernel_size, second.dilation):
+        if (first.padding, first.kernel_size, first.dilation) != (
+            second.padding,
+            second.kernel_size,
+            second.dilation,
+        ):
             raise MergeError("SAME padding with stride > 1 and another branch have no fixed alignment")
         geometry = (first.kernel_size, first.padding, first.dilation)
     else:
@@ -365,6 +378,7 @@ def _on_grid(a: Affine, groups: int, size: Pair, padding: Padding, dilation: Pai
 
 
 def pads_of(padding: Padding, height: int, width: int) -> Pads:
+    """Top, bottom, left and right padding of a map of ``height x width``."""
     return padding.pads(height, width) if isinstance(padding, Same) else padding
 
 

@@ -40,7 +40,12 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     owners: dict[tuple[Any, ...], str] = {}
     ties: dict[str, str] = {}
     for name, tensor in tensors.items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        place = (
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+        )
         if tensor.numel() and place in owners:
             ties[name] = owners[place]
             continue
@@ -197,7 +202,9 @@ def read_header(path: Path, metadata: Mapping[str, str]) -> Header:
         raise InputError(f"{path}: not a network saved by updp (weights alone go to --weights, with a spec)")
     if metadata.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{path}: format_version {suggest(str(metadata.get('format_version')), [FORMAT_VERSION])}")
-    missing = [k for k in ("spec_name", "spec", "spec_hash", "subnet", "num_classes", "certificate") if k not in metadata]
+    missing = [
+        k for k in ("spec_name", "spec", "spec_hash", "subnet", "num_classes", "certificate") if k not in metadata
+    ]
     if missing:
         raise InputError(f"{path}: the metadata lacks {', '.join(missing)}")
     spec = parse_spec(metadata["spec"], file=f"{path}!spec", name=metadata["spec_name"])
@@ -299,7 +306,9 @@ def verify(path: str | Path) -> Verification:
         return Verification(random, None, None, None, None, "nothing is merged in this network")
     source = source_path(path)
     if not source.is_file():
-        return Verification(random, None, None, None, None, f"{source.name} is not beside it: its weights were not checked")
+        return Verification(
+            random, None, None, None, None, f"{source.name} is not beside it: its weights were not checked"
+        )
     if sha256(source) != header.source_sha256:
         raise InputError(f"{source}: not the file that {path.name} was merged from (its checksum differs)")
     _load_source(supernet, network, source)

@@ -92,15 +92,24 @@ class Certificate:
         names = ("block", "op", "error", "ring", "interior", "bound")
         ops = tuple(OpRecord(steps=tuple(o["steps"]), **{name: o[name] for name in names}) for o in data["ops"])
         return cls(
-            data["weights"], tuple(data["input"]), ops, dict(data["blocks"]), float(data["logits"]),
-            float(data["float32"]), dict(data.get("versions", {})),
-        )  # fmt: skip
+            data["weights"],
+            tuple(data["input"]),
+            ops,
+            dict(data["blocks"]),
+            float(data["logits"]),
+            float(data["float32"]),
+            dict(data.get("versions", {})),
+        )
 
 
 def certify(
-    supernet: Supernet, *, weights: Literal["random", "given"] = "given", size: Sequence[int] | None = None,
-    batch: int = 2, seed: int = 0,
-) -> Certificate:  # fmt: skip
+    supernet: Supernet,
+    *,
+    weights: Literal["random", "given"] = "given",
+    size: Sequence[int] | None = None,
+    batch: int = 2,
+    seed: int = 0,
+) -> Certificate:
     """Merge a float64 copy of the current subnet and measure every operator, block and the logits.
 
     Args:
@@ -244,9 +253,7 @@ def versions() -> dict[str, str]:
     return {"updp": __version__, "torch": torch.__version__, "timm": timm.__version__}
 
 
-def merge(
-    supernet: Supernet, *, certificate_size: Sequence[int] | None = None
-) -> tuple[nn.Module, Certificate]:
+def merge(supernet: Supernet, *, certificate_size: Sequence[int] | None = None) -> tuple[nn.Module, Certificate]:
     """Merge the current subnet into a new plain network, in eval mode, with its certificate.
 
     Kept blocks are the baseline's own modules; every pruned block is merged. The supernet is not changed.
@@ -262,6 +269,14 @@ def merge(
 
 
 __all__ = [
-    "BOUND", "KEEP", "Certificate", "MergedFlow", "OpRecord", "PrunedFlow", "certify", "certify_block", "merge",
+    "BOUND",
+    "KEEP",
+    "Certificate",
+    "MergedFlow",
+    "OpRecord",
+    "PrunedFlow",
+    "certify",
+    "certify_block",
+    "merge",
     "relative",
-]  # fmt: skip
+]

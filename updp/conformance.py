@@ -81,9 +81,12 @@ def block_kinds(bound: dict[str, BoundBlock]) -> dict[str, list[str]]:
 
 
 def check_spec(
-    spec: ArchSpec, *, size: tuple[int, int, int] | None = None, seed: int = 0,
+    spec: ArchSpec,
+    *,
+    size: tuple[int, int, int] | None = None,
+    seed: int = 0,
     progress: Callable[[str], None] | None = None,
-) -> CheckReport:  # fmt: skip
+) -> CheckReport:
     """Check one spec at one input size.
 
     Args:
@@ -329,7 +332,10 @@ def _check_recipe(spec: ArchSpec, block: BoundBlock, recipe: str, blocks: int, s
         records = certify_block(MergedBlock(block.name, source, merged, segments), x)
         output = relative(merged(x), source(x))
     _require(block, recipe, records, output)
-    depth = (flow_depth(block.flow.nodes, block.flow.named_parts), flow_depth(merged.nodes, merged.named_parts))
+    depth = (
+        flow_depth(block.flow.nodes, block.flow.named_parts),
+        flow_depth(merged.nodes, merged.named_parts),
+    )
     if rule.kind == "prune" and depth[1] >= depth[0]:
         message = f"merges to {depth[1]} convolutions and linears in a row, as many as the block of {block.name} has"
         message += "; say `kind: reparam` if that is meant"

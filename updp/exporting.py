@@ -77,9 +77,14 @@ def export_network(network: nn.Module, input: tuple[int, int, int], out: Path, f
 
 def _write_onnx(program: Any, x: Tensor, path: Path) -> None:
     exported = torch.onnx.export(
-        program, (x[:2],), input_names=["images"], output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, verbose=False,
-    )  # fmt: skip
+        program,
+        (x[:2],),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        verbose=False,
+    )
     assert exported is not None
     exported.save(str(path))
 

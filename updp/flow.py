@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from updp.kinds import kind_of
-from updp.layers import Layout, Scale
+from updp.layers import BatchNorm, Layout, Scale
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def walk(nodes: Nodes) -> Iterator[Node]:
 
 
 def children(node: Node) -> tuple[Nodes, ...]:
+    """The flows inside a node."""
     if isinstance(node, Parallel):
         return node.flows
     if isinstance(node, Across | Run):
@@ -171,7 +172,7 @@ def _with_layouts(nodes: Nodes, part: Callable[[str], nn.Module], entry: Layout)
             if wanted is not None and wanted != current:
                 out.append(ToLayout(wanted))
                 current = wanted
-            if hasattr(module, "layout"):
+            if isinstance(module, Scale | BatchNorm):
                 module.layout = current
             out.append(node)
         elif isinstance(node, Across):

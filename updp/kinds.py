@@ -20,7 +20,8 @@ from updp.affine import Affine
 from updp.layers import Layout, Negate, Pad, Scale, conv_padding
 
 KindName: TypeAlias = Literal[
-    "conv", "linear", "batchnorm", "norm", "norm_act", "activation", "scale", "drop", "identity", "pad", "negate", "opaque"
+    "conv", "linear", "batchnorm", "norm", "norm_act", "activation",
+    "scale", "drop", "identity", "pad", "negate", "opaque",
 ]  # fmt: skip
 
 
@@ -81,6 +82,14 @@ def scale_parameter(module: nn.Module) -> nn.Parameter:
     value = module.weight if isinstance(module, Scale) else module.gamma
     assert isinstance(value, nn.Parameter)
     return value
+
+
+def out_channels_of(module: nn.Module) -> int | None:
+    """Output channels of a module that says so."""
+    for attribute in ("out_channels", "out_features", "num_features"):
+        if isinstance(value := getattr(module, attribute, None), int):
+            return value
+    return None
 
 
 def _scale(module: nn.Module, channels: int) -> Affine:

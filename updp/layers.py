@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,8 @@ class Pad(nn.Module):
 
 
 class Negate(nn.Module):
+    """``-x``."""
+
     def forward(self, x: Tensor) -> Tensor:
         return -x
 
@@ -72,15 +74,17 @@ class PaddedConv2d(nn.Conv2d):
     ``taps (O, kh, kw)`` adds, for every output, the entries of the taps that lie on the map: any size, SAME included.
     """
 
-    def __init__(self, *args: int, pads: Padding, tap_bias: bool, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, pads: Padding, tap_bias: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.pads = pads
         size = (self.out_channels, *self.kernel_size)
-        self.taps = nn.Parameter(torch.zeros(size, dtype=self.weight.dtype, device=self.weight.device)) if tap_bias else None
+        self.taps = (
+            nn.Parameter(torch.zeros(size, dtype=self.weight.dtype, device=self.weight.device)) if tap_bias else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         pads = pads_of(self.pads, x.shape[-2], x.shape[-1])
-        out = self._conv_forward(pad_map(x, pads), self.weight, self.bias)
+        out: Tensor = self._conv_forward(pad_map(x, pads), self.weight, self.bias)
         if self.taps is not None:
             ones = pad_map(torch.ones_like(x[:1, :1]), pads)
             out = out + F.conv2d(ones, self.taps[:, None], None, self.stride, 0, self.dilation)
@@ -114,18 +118,25 @@ def conv_padding(conv: nn.Conv2d) -> Padding | None:
 
 
 def make_conv(
-    weight: nn.Parameter, bias: nn.Parameter | None, *, stride: tuple[int, int], pads: Padding,
-    dilation: tuple[int, int], groups: int, taps: Tensor | None = None,
-) -> nn.Conv2d:  # fmt: skip
+    weight: nn.Parameter,
+    bias: nn.Parameter | None,
+    *,
+    stride: tuple[int, int],
+    pads: Padding,
+    dilation: tuple[int, int],
+    groups: int,
+    taps: Tensor | None = None,
+) -> nn.Conv2d:
     """A convolution module around given parameters: plain `nn.Conv2d` wherever that can say it."""
     out, per_group, kh, kw = weight.shape
-    common = dict(stride=stride, dilation=dilation, groups=groups, bias=bias is not None, device="meta")
+    channels = per_group * groups
+    common: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "bias": bias is not None}
     symmetric = not isinstance(pads, Same) and pads[0] == pads[1] and pads[2] == pads[3]
     if symmetric and taps is None:
         assert not isinstance(pads, Same)
-        conv = nn.Conv2d(per_group * groups, out, (kh, kw), padding=(pads[0], pads[2]), **common)  # type: ignore[arg-type]
+        conv = nn.Conv2d(channels, out, (kh, kw), padding=(pads[0], pads[2]), device="meta", **common)
     else:
-        conv = PaddedConv2d(per_group * groups, out, (kh, kw), pads=pads, tap_bias=taps is not None, **common)  # type: ignore[arg-type]
+        conv = PaddedConv2d(channels, out, (kh, kw), pads=pads, tap_bias=taps is not None, device="meta", **common)
     conv.weight, conv.bias = weight, bias
     if taps is not None:
         conv.taps = nn.Parameter(taps)

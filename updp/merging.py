@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from updp import affine, spec as language
+from updp import affine
+from updp import spec as language
 from updp.affine import NO_PADS, Affine, Same
 from updp.errors import MergeError
 from updp.flow import Across, Call, FlowModule, Node, Nodes, Parallel, Run, walk
-from updp.kinds import kind_of
+from updp.kinds import kind_of, out_channels_of
 from updp.layers import make_conv
 from updp.recipe import PrunedFlow
 from updp.structure import BoundBlock, MethodStep
@@ -54,7 +55,11 @@ class _Piece:
 
 
 def merge_flow(
-    flow: PrunedFlow, channels: int, opaques: Mapping[str, language.Opaque] | None = None, *, values: bool = True
+    flow: PrunedFlow,
+    channels: int,
+    opaques: Mapping[str, language.Opaque] | None = None,
+    *,
+    values: bool = True,
 ) -> tuple[MergedFlow, tuple[Segment, ...]]:
     """Merge one pruned flow.
 
@@ -159,7 +164,9 @@ class _Merger:
         node = nodes[0]
         if isinstance(node, Parallel):
             branches = [self.flow(flow, channels) for flow in node.flows]
-            merged = Parallel(tuple(tuple(n for s in segments for n in s.merged) for segments, _ in branches), node.name)
+            merged = Parallel(
+                tuple(tuple(n for s in segments for n in s.merged) for segments, _ in branches), node.name
+            )
             out = next((c for (_, c), flow in zip(branches, node.flows, strict=True) if flow), channels)
             return Segment(nodes, (merged,), branches=tuple(segments for segments, _ in branches)), out
         if isinstance(node, Across):
@@ -181,8 +188,7 @@ class _Merger:
         """Compose a chain into one operator; a lone convolution or linear without neighbours stays as it is."""
         node = nodes[0]
         if len(nodes) == 1 and isinstance(node, Call):
-            out = getattr(self.parts[node.name], "out_channels", None) or getattr(self.parts[node.name], "out_features", 0)
-            return Segment(nodes, nodes), int(out)
+            return Segment(nodes, nodes), out_channels_of(self.parts[node.name]) or channels
         composed = affine_of(nodes, self.sources, channels)
         name = f"merged.{self.merged_names}"
         self.merged_names += 1
@@ -204,13 +210,19 @@ class _Merger:
         weight, bias = parameter(composed.weight), None if composed.bias is None else parameter(composed.bias)
         if not any(kind_of(m).layout == "first" for m in operators):
             linear = nn.Linear(composed.in_channels, composed.out_channels, bias=bias is not None, device="meta")
-            linear.weight, linear.bias = nn.Parameter(weight.data.flatten(1)), bias
+            linear.weight = nn.Parameter(weight.data.flatten(1))
+            linear.register_parameter("bias", bias)
             return linear.eval()
         taps = None if composed.taps is None else composed.taps.to(like.device, like.dtype)
         return make_conv(
-            weight, bias, stride=composed.stride, pads=_as_module_padding(composed), dilation=composed.dilation,
-            groups=composed.groups, taps=taps,
-        ).eval()  # fmt: skip
+            weight,
+            bias,
+            stride=composed.stride,
+            pads=_as_module_padding(composed),
+            dilation=composed.dilation,
+            groups=composed.groups,
+            taps=taps,
+        ).eval()
 
     def fold_opaque(self, piece: _Piece) -> Segment:
         """Fold the diagonals in front into the step's `enters`, those behind into its `leaves`."""
@@ -401,4 +413,3 @@ def _restore_slice(model: nn.Module, name: str, children: nn.Sequential) -> None
     start = int(name.partition("[")[2].split(":")[0])
     for offset, child in enumerate(children):
         parent[start + offset] = child
-

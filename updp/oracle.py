@@ -64,9 +64,13 @@ class Score:
 
 
 def count(
-    model: nn.Module, input: Sequence[int], blocks: Mapping[str, BoundBlock] | None = None, *,
-    choices: Mapping[str, str] | None = None, bn_weight: int = 0,
-) -> Count:  # fmt: skip
+    model: nn.Module,
+    input: Sequence[int],
+    blocks: Mapping[str, BoundBlock] | None = None,
+    *,
+    choices: Mapping[str, str] | None = None,
+    bn_weight: int = 0,
+) -> Count:
     """Count a network, merged or not, without changing it.
 
     Args:
@@ -78,7 +82,12 @@ def count(
     handles = [m.register_forward_hook(_count_elements(elements)) for m in _counted_norms(model)]
     like = next(model.parameters())
     x = torch.zeros(1, *input, dtype=like.dtype, device=like.device)
-    with evaluating(model), torch.no_grad(), _unfused_attention(model), FlopCounterMode(display=False) as counter:
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        _unfused_attention(model),
+        FlopCounterMode(display=False) as counter,
+    ):
         model(x)
     for handle in handles:
         handle.remove()
@@ -94,16 +103,24 @@ def count(
 
 def count_macs(module: nn.Module, x: Tensor) -> int:
     """Multiply-accumulates of one call: convolutions, linears and attention products."""
-    with evaluating(module), torch.no_grad(), _unfused_attention(module), FlopCounterMode(display=False) as counter:
+    with (
+        evaluating(module),
+        torch.no_grad(),
+        _unfused_attention(module),
+        FlopCounterMode(display=False) as counter,
+    ):
         module(x)
     return int(counter.get_total_flops() // 2)
 
 
 def _counted_norms(model: nn.Module) -> list[nn.Module]:
     appended = {
-        id(part) for flow in model.modules() if isinstance(flow, FlowModule)
-        for name, part in flow.named_parts.items() if name.startswith("append.")
-    }  # fmt: skip
+        id(part)
+        for flow in model.modules()
+        if isinstance(flow, FlowModule)
+        for name, part in flow.named_parts.items()
+        if name.startswith("append.")
+    }
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and id(m) not in appended]
 
 
@@ -119,11 +136,11 @@ class _unfused_attention:
 
     def __enter__(self) -> None:
         for module in self.modules:
-            module.fused_attn = False
+            setattr(module, "fused_attn", False)  # noqa: B010
 
     def __exit__(self, *exc: object) -> None:
         for module in self.modules:
-            module.fused_attn = True
+            setattr(module, "fused_attn", True)  # noqa: B010
 
 
 def _places(model: nn.Module, name: str) -> list[nn.Module]:
@@ -157,9 +174,13 @@ def flow_depth(nodes: Nodes, parts: Mapping[str, nn.Module]) -> int:
 
 
 def count_subnet(
-    spec: ArchSpec, subnet: SubnetConfig | None = None, *, size: Sequence[int] | None = None, bn_weight: int = 0,
+    spec: ArchSpec,
+    subnet: SubnetConfig | None = None,
+    *,
+    size: Sequence[int] | None = None,
+    bn_weight: int = 0,
     num_classes: int | None = None,
-) -> Count:  # fmt: skip
+) -> Count:
     """Count the merged network of a subnet (all kept when left out); no weights are computed.
 
     Args:
@@ -180,9 +201,11 @@ def count_supernet(supernet: Supernet, size: Sequence[int] | None = None, *, bn_
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str | None = None,
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Score:  # fmt: skip
+) -> Score:
     """Accuracy and cross entropy over ``(images, labels)`` batches, in eval mode.
 
     Args:
@@ -210,5 +233,3 @@ def evaluate(
     if not images:
         raise InputError("no images to score")
     return Score(100 * top1 / images, 100 * top5 / images, loss / images, images)
-
-

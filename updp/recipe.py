@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from updp.affine import NO_PADS, Padding, Same, centre_crop
 from updp.errors import MergeError, Place, Problem, SpecError, suggest
-from updp.flow import Across, Call, FlowModule, Node, Nodes, Parallel, Run, children, rebuild, walk
-from updp.kinds import kind_of
+from updp.flow import Call, FlowModule, Node, Nodes, Parallel, Run, children, rebuild, walk
+from updp.kinds import kind_of, out_channels_of
 from updp.layers import BatchNorm, Layout, Pad, conv_padding, make_conv
 from updp.spec import Recipe, Resize
 from updp.structure import BoundBlock, evaluating
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU, "relu6": nn.ReLU6, "gelu": nn.GELU, "silu": nn.SiLU, "hardswish": nn.Hardswish,
-}  # fmt: skip
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+}
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ class _Draft:
         self.pending: dict[str, Resize] = {}
         self.geometry: dict[str, Geometry] = {}
         example = next((p for p in block.module.parameters()), torch.zeros(()))
-        self.factory = {"device": example.device, "dtype": example.dtype}
+        self.factory: dict[str, Any] = {"device": example.device, "dtype": example.dtype}
         for name, part in self.parts.items():
             if isinstance(part, nn.Conv2d) and (padding := conv_padding(part)) is not None:
                 self.geometry[name] = Geometry((part.stride[0], part.stride[1]), padding)
@@ -196,14 +201,16 @@ class _Draft:
         for name, part in flow.named_parts.items():
             layout = kind_of(part).layout
 
-            def note(module: nn.Module, args: tuple[Tensor, ...], name: str = name, layout: str | None = layout) -> None:
+            def note(
+                module: nn.Module, args: tuple[Tensor, ...], name: str = name, layout: str | None = layout
+            ) -> None:
                 x = args[0]
                 here = layout or getattr(module, "layout", None) or _nearest_layout(flow, name)
                 found.setdefault(name, x.shape[1] if here == "first" and x.dim() == 4 else x.shape[-1])
 
             handles.append(part.register_forward_pre_hook(note))
         with evaluating(flow), torch.no_grad():
-            flow(torch.zeros(self.block.input_shape, **self.factory))  # type: ignore[arg-type]
+            flow(torch.zeros(self.block.input_shape, **self.factory))
         for handle in handles:
             handle.remove()
         for name in self.parts:  # the pieces of a split norm-act
@@ -212,7 +219,7 @@ class _Draft:
 
     def new_batchnorm(self, channels: int, old: nn.Module | None = None) -> BatchNorm:
         """A fresh batch norm; one that takes another norm's place keeps that norm's weight and bias."""
-        norm = BatchNorm(channels, **self.factory)  # type: ignore[arg-type]
+        norm = BatchNorm(channels, **self.factory)
         if old is not None and kind_of(old).name in ("norm", "batchnorm", "norm_act"):
             for name in ("weight", "bias"):
                 if (value := getattr(old, name, None)) is not None:
@@ -237,11 +244,13 @@ class _Draft:
         found = self.block.channels[0]
         for node in walk(self.nodes):
             if isinstance(node, Call):
-                found = _out_channels(self.parts[node.name]) or found
+                found = out_channels_of(self.parts[node.name]) or found
             if getattr(node, "name", None) == step and isinstance(node, Call):
                 return found
             if isinstance(node, Parallel) and node.name == step:
-                inner = [_out_channels(self.parts[n.name]) for f in node.flows for n in walk(f) if isinstance(n, Call)]
+                inner = [
+                    out_channels_of(self.parts[n.name]) for f in node.flows for n in walk(f) if isinstance(n, Call)
+                ]
                 return next((c for c in reversed(inner) if c), found)
         raise self.problem(place, f"append after: {suggest(step, self.names())}")
 
@@ -276,7 +285,9 @@ class _Draft:
                 raise self.problem(change.place, f"resize: {suggest(name, convs)}")
             assert isinstance(conv, nn.Conv2d)
             if change.kernel > min(conv.kernel_size):
-                raise self.problem(change.place, f"resize: {name} is {conv.kernel_size[0]}x{conv.kernel_size[1]} already")
+                raise self.problem(
+                    change.place, f"resize: {name} is {conv.kernel_size[0]}x{conv.kernel_size[1]} already"
+                )
             if conv.kernel_size == (change.kernel, change.kernel):
                 continue
             if all_of_them or change.at.fraction == 0.0 or change.at.epoch == 0:
@@ -372,9 +383,14 @@ def _new_layer(name: str) -> nn.Module:
 
 def _copy_batchnorm(norm: _BatchNorm) -> BatchNorm:
     own = BatchNorm(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats,
-        device=_device(norm), dtype=_dtype(norm),
-    )  # fmt: skip
+        norm.num_features,
+        norm.eps,
+        norm.momentum,
+        norm.affine,
+        norm.track_running_stats,
+        device=_device(norm),
+        dtype=_dtype(norm),
+    )
     own.load_state_dict({k: v for k, v in norm.state_dict().items() if k in own.state_dict()})
     return own
 
@@ -388,16 +404,7 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
 
 
-def _out_channels(module: nn.Module) -> int | None:
-    for attribute in ("out_channels", "out_features", "num_features"):
-        if isinstance(value := getattr(module, attribute, None), int):
-            return value
-    return None
-
-
-def _crop(
-    parts: dict[str, nn.Module], name: str, conv: nn.Conv2d, geometry: Geometry, size: int
-) -> Geometry:
+def _crop(parts: dict[str, nn.Module], name: str, conv: nn.Conv2d, geometry: Geometry, size: int) -> Geometry:
     """Put the centre crop of a convolution in its place; its padding shrinks with it. Returns its new geometry."""
     weight = nn.Parameter(centre_crop(conv.weight.detach(), size), requires_grad=conv.weight.requires_grad)
     bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
@@ -418,7 +425,9 @@ def _cropped_padding(padding: Padding, old: tuple[int, int], size: int, dilation
         after = (old[axis] - size) * dilation[axis] - before
         out += [padding[2 * axis] - before, padding[2 * axis + 1] - after]
     if min(out) < 0:
-        raise MergeError(f"resize: {old[0]}x{old[1]} with padding {padding} has no centre {size}x{size} of equal output")
+        raise MergeError(
+            f"resize: {old[0]}x{old[1]} with padding {padding} has no centre {size}x{size} of equal output"
+        )
     return (out[0], out[1], out[2], out[3])
 
 
@@ -530,9 +539,12 @@ def _set_geometry(parts: dict[str, nn.Module], name: str, stride: tuple[int, int
     assert isinstance(conv, nn.Conv2d)
     if conv.stride == stride and conv_padding(conv) == padding:
         return
+    assert isinstance(conv.weight, nn.Parameter) and (conv.bias is None or isinstance(conv.bias, nn.Parameter))
     parts[name] = make_conv(
-        conv.weight, conv.bias, stride=stride, pads=padding, dilation=(conv.dilation[0], conv.dilation[1]),
+        conv.weight,
+        conv.bias,
+        stride=stride,
+        pads=padding,
+        dilation=(conv.dilation[0], conv.dilation[1]),
         groups=conv.groups,
-    ).train(conv.training)  # fmt: skip
-
-
+    ).train(conv.training)

@@ -69,9 +69,13 @@ class BoundBlock:
 
 
 def create_model(
-    spec: ArchSpec, *, num_classes: int | None = None, seed: int | None = None, drop_path: float | None = None,
+    spec: ArchSpec,
+    *,
+    num_classes: int | None = None,
+    seed: int | None = None,
+    drop_path: float | None = None,
     input: tuple[int, int, int] | None = None,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """The spec's timm model, randomly initialised (nothing is downloaded).
 
     Args:
@@ -163,11 +167,10 @@ def bind(spec: ArchSpec, model: nn.Module, size: tuple[int, int, int] | None = N
 
 def _check_one_class(groups: Mapping[str, BlockGroup], modules: Mapping[str, nn.Module]) -> None:
     """A pattern that catches two classes of modules has caught more than a kind of block."""
-    classes: dict[int, dict[str, list[str]]] = {}
+    classes: dict[BlockGroup, dict[str, list[str]]] = {}
     for name, group in groups.items():
-        classes.setdefault(id(group), {}).setdefault(type(modules[name]).__name__, []).append(name)
-    for name, group in groups.items():
-        found = classes[id(group)]
+        classes.setdefault(group, {}).setdefault(type(modules[name]).__name__, []).append(name)
+    for group, found in classes.items():
         if len(found) > 1:
             caught = "; ".join(f"{kind}: {', '.join(names[:4])}" for kind, names in found.items())
             raise SpecError([Problem(group.place, "blocks", f"one group matches blocks of several classes: {caught}")])
@@ -183,9 +186,12 @@ class _Called:
 
 
 def _record_calls(
-    spec: ArchSpec, model: nn.Module, groups: Mapping[str, BlockGroup], modules: Mapping[str, nn.Module],
+    spec: ArchSpec,
+    model: nn.Module,
+    groups: Mapping[str, BlockGroup],
+    modules: Mapping[str, nn.Module],
     size: tuple[int, int, int],
-) -> dict[str, _Called]:  # fmt: skip
+) -> dict[str, _Called]:
     """One forward pass: order, shapes and further arguments of every block and of every opaque step."""
     calls: dict[str, _Called] = {}
 
@@ -356,9 +362,17 @@ def _bind_block(
     bound_flow.train(module.training)
     optional = frozenset(n.path for n in language.walk(flow) if isinstance(n, language.Step) and n.optional)
     return BoundBlock(
-        name, group, module, bound_flow, called.input_shape, called.output_shape, called.args, called.kwargs, optional,
+        name,
+        group,
+        module,
+        bound_flow,
+        called.input_shape,
+        called.output_shape,
+        called.args,
+        called.kwargs,
+        optional,
         opaques,
-    )  # fmt: skip
+    )
 
 
 def channels_of(module: nn.Module) -> int | None:

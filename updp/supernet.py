@@ -54,8 +54,11 @@ class ChoiceBlock(nn.Module):
 
     def _drops(self) -> bool:
         assert self.keep is not None
-        rates = (getattr(m, "drop_prob", None) or getattr(m, "p", None) for m in self.keep.modules()
-                 if kind_of(m).name == "drop")  # fmt: skip
+        rates = (
+            getattr(m, "drop_prob", None) or getattr(m, "p", None)
+            for m in self.keep.modules()
+            if kind_of(m).name == "drop"
+        )
         return any(rates)
 
     def norms(self) -> Iterator[nn.Module]:
@@ -180,7 +183,7 @@ class Supernet(nn.Module):
         Block after block: a block's norms are averaged over all batches, in at least float32, before the next
         block sees its output. Baseline buffers are never written.
         """
-        images = [batch for batch in batches]
+        images = list(batches)
         with evaluating(self.model), torch.no_grad(), torch.autocast(_device_type(self), enabled=False):
             for block in self.blocks.values():
                 norms = [norm for norm in block.norms() if isinstance(norm, _BatchNorm)]
@@ -216,9 +219,14 @@ class Supernet(nn.Module):
 
 
 def build_supernet(
-    spec: ArchSpec, model: nn.Module | None = None, *, num_classes: int | None = None, resized: bool = False,
-    size: tuple[int, int, int] | None = None, seed: int | None = None,
-) -> Supernet:  # fmt: skip
+    spec: ArchSpec,
+    model: nn.Module | None = None,
+    *,
+    num_classes: int | None = None,
+    resized: bool = False,
+    size: tuple[int, int, int] | None = None,
+    seed: int | None = None,
+) -> Supernet:
     """Make a supernet of a model (taken over, not copied), or of a new random one.
 
     Args:
@@ -249,7 +257,7 @@ def estimating(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # type: ignore[assignment]  # torch's cumulative average
+        norm.momentum = None  # torch's cumulative average
         norm.train()
     try:
         yield
