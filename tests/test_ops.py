@@ -54,9 +54,7 @@ def grid(case):
 
 def runnable(name):
     """The row; a test of a row that this CPU cannot run is skipped, loudly."""
-    assert ops.kernel_rows(), (
-        "updp._C is not built, so no kernel is tested: run the tests through `make test`"
-    )
+    assert ops.kernel_rows(), "updp._C is not built, so no kernel is tested: run the tests through `make test`"
     row = next(row for row in ops.kernel_rows() if row.name == name)
     if not row.available:
         pytest.skip(f"NOT TESTED: {name}, because this CPU has no {row.isa}")

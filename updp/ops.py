@@ -55,9 +55,7 @@ def cpu_features() -> dict[str, bool]:
 def native_status() -> str:
     """One line for people: how many kernels run here, or that the compiled module is missing."""
     if _native is None:
-        return (
-            "updp._C is not built, torch references do its work (`pip install .` or `make native` builds it)"
-        )
+        return "updp._C is not built, torch references do its work (`pip install .` or `make native` builds it)"
     rows = kernel_rows()
     return f"{sum(row.available for row in rows)} of {len(rows)} kernels run on this CPU"
 
@@ -130,9 +128,7 @@ def depthwise_compose_reference(
 def _check_weights(outer: Tensor, inner: Tensor) -> None:
     for name, weight in (("outer", outer), ("inner", inner)):
         if weight.dim() != 3 or 0 in weight.shape[1:]:
-            raise ValueError(
-                f"depthwise_compose: {name} has shape {tuple(weight.shape)}, need (C, kh > 0, kw > 0)"
-            )
+            raise ValueError(f"depthwise_compose: {name} has shape {tuple(weight.shape)}, need (C, kh > 0, kw > 0)")
         if not weight.is_floating_point():
             raise TypeError(f"depthwise_compose: {name} has dtype {weight.dtype}, need a floating one")
     if outer.shape[0] != inner.shape[0]:
@@ -147,9 +143,7 @@ def _check_weights(outer: Tensor, inner: Tensor) -> None:
 def _checked_axes(outer: Tensor, inner: Tensor, **pairs: Pair) -> tuple[_Axis, _Axis]:
     for name, pair in pairs.items():
         if len(pair) != 2 or any(not 1 <= value < 2**31 for value in pair):
-            raise ValueError(
-                f"depthwise_compose: {name} is {tuple(pair)}, need two integers from 1 to 2**31 - 1"
-            )
+            raise ValueError(f"depthwise_compose: {name} is {tuple(pair)}, need two integers from 1 to 2**31 - 1")
     axes = _axes(outer, inner, pairs["inner_stride"], pairs["inner_dilation"], pairs["outer_dilation"])
     if axes[0].size * axes[1].size > _MAX_TAPS:
         raise ValueError(
@@ -252,9 +246,7 @@ def _depthwise_compose_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-d
         sums = [(grad[:, rows, columns] * inner).sum(dim=(1, 2)) for _, _, rows, columns in windows]
         grad_outer = torch.stack(sums, dim=1).reshape(outer.shape)
     if ctx.needs_input_grad[1]:
-        grad_inner = sum(
-            outer[:, y, x, None, None] * grad[:, rows, columns] for y, x, rows, columns in windows
-        )
+        grad_inner = sum(outer[:, y, x, None, None] * grad[:, rows, columns] for y, x, rows, columns in windows)
     return grad_outer, grad_inner, None, None, None, None
 
 
