@@ -17,8 +17,8 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from updp.artefact import load as load
     from updp.artefact import verify as verify
-    from updp.exporting import export as export
     from updp.certificate import merge as merge
+    from updp.exporting import export as export
     from updp.spec import list_specs as list_specs
     from updp.spec import load_spec as load_spec
     from updp.subnet import SubnetConfig as SubnetConfig
