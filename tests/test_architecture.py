@@ -17,7 +17,7 @@ PACKAGE = ROOT / "updp"
 FLOORS = {
     0: ["updp", "errors", "frozen", "files"],
     1: ["spec", "subnet", "measure", "ops", "affine", "layers", "kinds", "flow", "randomize"],
-    2: ["structure", "recipe", "data"],
+    2: ["structure", "padding", "recipe", "data"],
     3: ["supernet", "merging", "certificate", "graph", "oracle", "conformance", "artefact"],
     4: ["search", "train", "calibrate", "draft", "deploy", "exporting", "bench", "zoo"],
     5: ["report", "pipeline"],

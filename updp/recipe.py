@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from updp.affine import NO_PADS, Padding, Same, centre_crop
-from updp.errors import MergeError, Place, Problem, SpecError, suggest
+from updp.errors import Place, Problem, SpecError, suggest
 from updp.flow import Call, FlowModule, Node, Nodes, Parallel, Run, children, rebuild, walk
 from updp.kinds import kind_of, out_channels_of
-from updp.layers import BatchNorm, Layout, Pad, conv_padding, make_conv
+from updp.layers import BatchNorm, Layout, conv_padding
+from updp.padding import Geometry, crop_conv, move_padding
 from updp.spec import Recipe, Resize
 from updp.structure import BoundBlock, evaluating
 
@@ -30,14 +29,6 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "hardswish": nn.Hardswish,
 }
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A convolution's own stride and padding, before the recipe moves them."""
-
-    stride: tuple[int, int]
-    padding: Padding
 
 
 class PrunedFlow(FlowModule):
@@ -62,7 +53,7 @@ class PrunedFlow(FlowModule):
         parts = dict(parts)
         nodes = self._chained
         if self.recipe.padding == "first":
-            nodes = _move_padding(nodes, parts, self._geometry)
+            nodes = move_padding(nodes, parts, self._geometry)
         self.rewire(nodes, parts)
 
     def norms(self) -> Iterator[nn.Module]:
@@ -94,7 +85,7 @@ class PrunedFlow(FlowModule):
             change = self._pending.pop(step)
             conv = parts[step]
             assert isinstance(conv, nn.Conv2d)
-            self._geometry[step] = _crop(parts, step, conv, self._geometry[step], change.kernel)
+            self._geometry[step] = crop_conv(parts, step, conv, self._geometry[step], change.kernel)
         self._lay_out(parts)
         return due
 
@@ -291,7 +282,7 @@ class _Draft:
             if conv.kernel_size == (change.kernel, change.kernel):
                 continue
             if all_of_them or change.at.fraction == 0.0 or change.at.epoch == 0:
-                self.geometry[name] = _crop(self.parts, name, conv, self.geometry[name], change.kernel)
+                self.geometry[name] = crop_conv(self.parts, name, conv, self.geometry[name], change.kernel)
                 self.shared.discard(name)
             else:
                 self.pending[name] = change
@@ -402,149 +393,3 @@ def _device(module: nn.Module) -> torch.device:
 def _dtype(module: nn.Module) -> torch.dtype:
     tensors: Iterable[Tensor] = (*module.parameters(), *module.buffers())
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
-
-
-def _crop(parts: dict[str, nn.Module], name: str, conv: nn.Conv2d, geometry: Geometry, size: int) -> Geometry:
-    """Put the centre crop of a convolution in its place; its padding shrinks with it. Returns its new geometry."""
-    weight = nn.Parameter(centre_crop(conv.weight.detach(), size), requires_grad=conv.weight.requires_grad)
-    bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
-    dilation = (conv.dilation[0], conv.dilation[1])
-    padding = _cropped_padding(geometry.padding, (conv.kernel_size[0], conv.kernel_size[1]), size, dilation)
-    parts[name] = make_conv(
-        weight, bias, stride=geometry.stride, pads=padding, dilation=dilation, groups=conv.groups
-    ).train(conv.training)
-    return Geometry(geometry.stride, padding)
-
-
-def _cropped_padding(padding: Padding, old: tuple[int, int], size: int, dilation: tuple[int, int]) -> Padding:
-    if isinstance(padding, Same):
-        return replace(padding, kernel_size=(size, size))
-    out = []
-    for axis in (0, 1):
-        before = (old[axis] - size) // 2 * dilation[axis]
-        after = (old[axis] - size) * dilation[axis] - before
-        out += [padding[2 * axis] - before, padding[2 * axis + 1] - after]
-    if min(out) < 0:
-        raise MergeError(
-            f"resize: {old[0]}x{old[1]} with padding {padding} has no centre {size}x{size} of equal output"
-        )
-    return (out[0], out[1], out[2], out[3])
-
-
-# --- padding to the front of a run, stride to its end (UPDP; DepthShrinker 4.4) ---------------------------------------
-
-
-def _move_padding(nodes: Nodes, parts: dict[str, nn.Module], geometry: Mapping[str, Geometry]) -> Nodes:
-    out: list[Node] = []
-    for node in nodes:
-        if isinstance(node, Run):
-            out.append(Run(_move_in_chain(node.flow, parts, geometry)))
-        else:
-            out.append(rebuild(node, lambda flow: _move_padding(flow, parts, geometry)))
-    return tuple(out)
-
-
-def _move_in_chain(chain: Nodes, parts: dict[str, nn.Module], geometry: Mapping[str, Geometry]) -> Nodes:
-    """One chain of a run; the branches of its sums are chains of their own."""
-    inner = tuple(rebuild(node, lambda flow: _move_in_chain(flow, parts, geometry)) for node in chain)
-    convs = [node.name for node in chain if isinstance(node, Call) and node.name in geometry]
-    for name in convs:  # an earlier layout may have moved them: start from their own geometry
-        _set_geometry(parts, name, geometry[name].stride, geometry[name].padding)
-    padded = [name for name in convs if geometry[name].padding != NO_PADS]
-    alone_in_front = bool(padded) and padded == convs[:1] and _is_first_effect(chain, convs, parts)
-    strides_move = _stride_must_move(convs, parts, geometry)
-    if not padded or (alone_in_front and not strides_move):
-        if strides_move:
-            _move_strides(convs, parts, geometry)
-        return inner
-    total = _total_padding(padded, convs, parts, geometry)
-    for name in convs:
-        _set_geometry(parts, name, geometry[name].stride, NO_PADS)
-    if strides_move:
-        _move_strides(convs, parts, geometry)
-    name = f"pad.{padded[0]}"
-    parts[name] = Pad(total)
-    return (Call(name), *inner)
-
-
-def _is_first_effect(chain: Nodes, convs: list[str], parts: Mapping[str, nn.Module]) -> bool:
-    """Whether nothing but identities stands before the chain's first convolution."""
-    for node in chain:
-        if not isinstance(node, Call):
-            return False
-        if node.name == convs[0]:
-            return True
-        if not kind_of(parts[node.name]).vanishes:
-            return False
-    return False
-
-
-def _wide(name: str, parts: Mapping[str, nn.Module]) -> bool:
-    conv = parts[name]
-    assert isinstance(conv, nn.Conv2d)
-    return max(conv.kernel_size) > 1
-
-
-def _stride_must_move(convs: list[str], parts: Mapping[str, nn.Module], geometry: Mapping[str, Geometry]) -> bool:
-    """A stride stays where nothing behind it is wider than 1x1: moving it would only cost training compute."""
-    for i, name in enumerate(convs):
-        if geometry[name].stride != (1, 1):
-            return any(_wide(later, parts) or geometry[later].padding != NO_PADS for later in convs[i + 1 :])
-    return False
-
-
-def _move_strides(convs: list[str], parts: dict[str, nn.Module], geometry: Mapping[str, Geometry]) -> None:
-    total = _total_stride(convs, geometry)
-    last = [name for name in convs if _wide(name, parts)][-1]
-    for name in convs:
-        conv = parts[name]
-        assert isinstance(conv, nn.Conv2d)
-        padding = conv_padding(conv)
-        assert padding is not None
-        _set_geometry(parts, name, total if name == last else (1, 1), padding)
-
-
-def _total_stride(convs: list[str], geometry: Mapping[str, Geometry]) -> tuple[int, int]:
-    height = width = 1
-    for name in convs:
-        height, width = height * geometry[name].stride[0], width * geometry[name].stride[1]
-    return height, width
-
-
-def _total_padding(
-    padded: list[str], convs: list[str], parts: Mapping[str, nn.Module], geometry: Mapping[str, Geometry]
-) -> Padding:
-    """Paddings add unweighted, because the stride moves to the end; SAME is that of the composed convolution."""
-    dynamic = [name for name in padded if isinstance(geometry[name].padding, Same)]
-    if not dynamic:
-        sums = [0, 0, 0, 0]
-        for name in padded:
-            for i, value in enumerate(geometry[name].padding):  # type: ignore[arg-type]
-                sums[i] += value
-        return (sums[0], sums[1], sums[2], sums[3])
-    if len(dynamic) != len(padded):
-        raise MergeError(f"SAME padding of {dynamic[0]} mixed with fixed padding in one run has no fixed alignment")
-    spans = [0, 0]
-    for name in convs:
-        conv = parts[name]
-        assert isinstance(conv, nn.Conv2d)
-        for axis in (0, 1):
-            spans[axis] += (conv.kernel_size[axis] - 1) * conv.dilation[axis]
-    return Same((spans[0] + 1, spans[1] + 1), _total_stride(convs, geometry))
-
-
-def _set_geometry(parts: dict[str, nn.Module], name: str, stride: tuple[int, int], padding: Padding) -> None:
-    """The same weights under another stride and padding; the module is kept where nothing changes."""
-    conv = parts[name]
-    assert isinstance(conv, nn.Conv2d)
-    if conv.stride == stride and conv_padding(conv) == padding:
-        return
-    assert isinstance(conv.weight, nn.Parameter) and (conv.bias is None or isinstance(conv.bias, nn.Parameter))
-    parts[name] = make_conv(
-        conv.weight,
-        conv.bias,
-        stride=stride,
-        pads=padding,
-        dilation=(conv.dilation[0], conv.dilation[1]),
-        groups=conv.groups,
-    ).train(conv.training)
