@@ -42,11 +42,12 @@ class OpRecord:
 
     @property
     def worst(self) -> float:
-        return max(value for value in (self.error, self.ring, self.interior) if value is not None)
+        values = [value for value in (self.error, self.ring, self.interior) if value is not None]
+        return math.inf if any(map(math.isnan, values)) else max(values)
 
     @property
     def ok(self) -> bool:
-        return self.worst <= self.bound  # a NaN is not
+        return self.worst <= self.bound
 
 
 @dataclass(frozen=True)
