@@ -1,0 +1,104 @@
+"""Commands that tell what there is: ``list`` and ``info``."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+from updp import __version__
+from updp.cli.console import guarded, line, out, print_json, table
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+_LIBRARIES = ("torch", "timm", "accelerate", "safetensors", "pymoo", "onnx", "onnxruntime")
+
+
+@guarded()
+def list_specs(json: Json = False) -> None:
+    """Show the shipped specs: networks that updp knows how to make shallower."""
+    from updp.spec import list_specs, load_spec
+
+    rows = []
+    for name in list_specs():
+        spec = load_spec(name)
+        recipes = {recipe: spec.recipes[recipe].kind for group in spec.blocks for recipe in group.recipes}
+        patterns = [pattern for group in spec.blocks for pattern in group.match]
+        rows.append({"spec": name, "model": spec.model.name, "input": list(spec.input), "recipes": list(recipes),
+                     "blocks": patterns, "file": spec.file})  # fmt: skip
+    if json:
+        print_json(rows)
+        return
+    shown = table("spec", "model", ">input", "recipes", "blocks")
+    for row in rows:
+        shown.add_row(str(row["spec"]), str(row["model"]), "x".join(map(str, row["input"][1:])),
+                      ", ".join(row["recipes"]), _shorten(", ".join(row["blocks"]), 34))  # fmt: skip
+    out.print(shown)
+    line(out, "\nTry one: ", f"updp check {rows[0]['spec']}", rest="bold")
+
+
+def _shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+@guarded()
+def info(json: Json = False) -> None:
+    """Show versions, device, threads and the native kernels that run here."""
+    data = _info()
+    if json:
+        print_json(data)
+        return
+    for title, rows in (("versions", data["versions"]), ("machine", data["machine"])):
+        shown = table(title, "")
+        for key, value in rows.items():
+            shown.add_row(key, str(value))
+        out.print(shown, "")
+    line(out, data["native"])
+    if data["kernels"]:
+        shown = table("kernel", "op", "algorithm", "dtype", "isa", "runs here")
+        for row in data["kernels"]:
+            runs = "yes" if row["available"] else "no"
+            shown.add_row(row["name"], row["op"], row["algorithm"], row["dtype"], row["isa"], runs)
+        out.print(shown)
+
+
+def _info() -> dict[str, Any]:
+    import dataclasses
+
+    import torch
+
+    from updp import ops
+
+    cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "versions": {"updp": __version__, "python": platform.python_version(), **_versions()},
+        "machine": {
+            "cpu": _cpu_name(),
+            "cpu features": ", ".join(name for name, there in ops.cpu_features().items() if there) or "unknown",
+            "threads": torch.get_num_threads(),
+            "device": cuda or "cpu",
+        },
+        "native": ops.native_status(),
+        "kernels": [dataclasses.asdict(row) for row in ops.kernel_rows()],
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [text.partition(":")[2].strip() for text in file if text.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,126 @@
+"""How commands speak: results on stdout, errors on stderr in one message, and the exit status."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TextIO
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from updp.errors import InputError, UpdpError
+
+INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
+
+_PIPED = 160  # columns of output that no terminal limits
+
+
+def _console(stream: TextIO, *, stderr: bool) -> Console:
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _PIPED)
+
+
+out = _console(sys.stdout, stderr=False)
+err = _console(sys.stderr, stderr=True)
+
+P = ParamSpec("P")
+
+
+def guarded(
+    again: str = "Nothing was left half-written.",
+) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Make a command end as commands do: an error is one message and its exit status, Ctrl-C is 130.
+
+    Args:
+        again: what to say after Ctrl-C.
+    """
+
+    def decorate(command: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(command)
+        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            try:
+                command(*args, **kwargs)
+            except UpdpError as error:
+                show_error(error)
+                raise typer.Exit(error.exit_status) from None
+            except KeyboardInterrupt:
+                line(err, "Interrupted. ", again, style="bold yellow")
+                line(err, "  ", command_line(), rest="bold")
+                raise typer.Exit(INTERRUPTED) from None
+
+        return run
+
+    return decorate
+
+
+_arguments: list[str] | None = None
+
+
+def remember(arguments: Sequence[str] | None) -> None:
+    """Keep the arguments that the program was called with, to show them."""
+    global _arguments
+    _arguments = None if arguments is None else list(arguments)
+
+
+def command_line() -> str:
+    """The command that is running, as it would be typed."""
+    return shlex.join(["updp", *(sys.argv[1:] if _arguments is None else _arguments)])
+
+
+def show_error(error: UpdpError) -> None:
+    """The error as one message; several problems one a line."""
+    problems = error.problems if isinstance(error, InputError) else ()
+    if len(problems) < 2:
+        line(err, "error: ", str(error) or type(error).__name__, style="bold red")
+        return
+    line(err, f"error: {len(problems)} problems", style="bold red")
+    for problem in problems:
+        line(err, "  ", str(problem))
+
+
+def line(console: Console, first: str, rest_text: str = "", *, style: str = "", rest: str = "") -> None:
+    """One line that is never wrapped or parsed as markup, so that paths and YAML come out as they are."""
+    console.print(Text.assemble((first, style), (rest_text, rest)), soft_wrap=True)
+
+
+def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
+    """JSON for programs, on stdout and uncoloured."""
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A table in the house style; a column whose name starts with ``>`` is right-aligned."""
+    result = Table(title=title, box=None, pad_edge=False, header_style="dim", title_justify="left",
+                   title_style="bold", padding=(0, 2, 0, 0))  # fmt: skip
+    for name in columns:
+        result.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
+    return result
+
+
+def quantity(value: float, digits: int = 3) -> str:
+    """A count for people: 519.4 M, 2.57 G."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.{digits}g} {unit}" if value < 100 * size else f"{value / size:.1f} {unit}"
+    return f"{value:g}"
+
+
+def percent(value: float | None) -> str:
+    """An accuracy, which is in percent already."""
+    return "–" if value is None else f"{value:.2f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """4.2 s, 3:07 or 1:02:03."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

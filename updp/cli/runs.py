@@ -1,0 +1,133 @@
+"""Commands that make and continue runs: ``run``, the stages alone, and ``report``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from updp.cli.console import guarded, line, out
+from updp.cli.progress import ConsoleWatch
+from updp.cli.summary import show_header, show_summary
+from updp.errors import InputError, UpdpError
+from updp.pipeline import STAGES
+
+if TYPE_CHECKING:
+    from updp.pipeline import RunDirectory
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The directory of a run.")]
+_CONTINUE = "Finished stages are kept. The same command goes on from there:"
+
+
+@guarded(again=_CONTINUE)
+def run(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A shipped spec (see `updp list`) or a .yaml file.")],
+    data: Annotated[
+        str, typer.Option(metavar="D", help="digits, folder:PATH, npz:PATH, or a name of timm's datasets.")
+    ],
+    out_dir: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The run's directory: new, empty, or this run's.")
+    ],
+    prune: Annotated[int | None, typer.Option(metavar="K", help="How many blocks to prune.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="R", help="Prune under this recipe, not each block's first.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="W", help="Trained weights of the network; they take baseline's place.")
+    ] = None,
+    subnet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Which blocks to prune; it takes supernet's and search's place.")
+    ] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. finetune.epochs=3. Repeatable."),
+    ] = None,
+    until: Annotated[str, typer.Option(metavar="STAGE", help=f"Stop after this stage: {', '.join(STAGES)}.")] = STAGES[
+        -1
+    ],
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Of all that is random; the spec's if left out.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; all cores if left out.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu or cuda; auto if left out.")] = None,
+    precision: Annotated[str | None, typer.Option(metavar="P", help="no (float32) or bf16; no if left out.")] = None,
+) -> None:
+    """Train a network, prune K of its blocks, train on, merge, and measure what was gained.
+
+    The stages are baseline, supernet, search, finetune and merge. The same command again goes on where it was stopped.
+    """
+    from updp.errors import suggest
+    from updp.pipeline.prepare import Request, prepare
+
+    if until not in STAGES:
+        raise InputError(f"--until: {suggest(until, STAGES)}")
+    watch = ConsoleWatch(out)
+    request = Request(
+        spec, data, out_dir, prune, recipe, weights, subnet, tuple(set or ()), seed, threads, device, precision
+    )
+    directory = prepare(request, watch)
+    _do(directory, STAGES[: STAGES.index(until) + 1], watch)
+
+
+@guarded(again=_CONTINUE)
+def train(directory: Directory) -> None:
+    """Do the stages baseline and supernet of a run: all that a search needs.
+
+    `updp run … --until baseline` makes a run that stops early.
+    """
+    _stage(directory, ("baseline", "supernet"))
+
+
+@guarded(again=_CONTINUE)
+def search(directory: Directory) -> None:
+    """Do the stage search of a run: find the blocks that are best pruned."""
+    _stage(directory, ("search",))
+
+
+@guarded(again=_CONTINUE)
+def finetune(directory: Directory) -> None:
+    """Do the stage finetune of a run: train from the baseline's blocks to the pruned ones."""
+    _stage(directory, ("finetune",))
+
+
+@guarded()
+def report(directory: Directory) -> None:
+    """Write the page that shows a run, finished or not.
+
+    It is one file, needs no network, and opens in every browser.
+    """
+    from updp.report import report
+
+    line(out, str(report(directory)))
+
+
+def merge_run(directory: Path) -> None:
+    """Do the stage merge of a run."""
+    _stage(directory, ("merge",))
+
+
+def _stage(directory: Path, stages: Sequence[str]) -> None:
+    from updp.pipeline import RunDirectory
+
+    _do(RunDirectory.open(directory), stages, ConsoleWatch(out))
+
+
+def _do(directory: RunDirectory, stages: Sequence[str], watch: ConsoleWatch) -> None:
+    from updp.pipeline.run import run as run_stages
+
+    show_header(directory)
+    run_stages(directory, stages, watch)
+    _report(directory, watch)
+    show_summary(directory)
+
+
+def _report(directory: RunDirectory, watch: ConsoleWatch) -> None:
+    """Bring the page up to date. A run is worth no less without its page."""
+    from updp.report import report
+
+    try:
+        report(directory.path)
+    except UpdpError as error:
+        watch.on_note(f"no report: {error}")

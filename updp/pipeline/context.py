@@ -1,0 +1,186 @@
+"""What every stage works with: the run directory, the data, the device, and who watches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from updp.artefact import load_state, load_tensors, save_tensors
+from updp.data import Data, data_config, loader, open_data
+from updp.errors import InputError
+from updp.oracle import Score, evaluate
+from updp.pipeline.directory import RunDirectory
+from updp.pipeline.watch import Watch
+from updp.spec import ArchSpec, TrainSettings
+from updp.structure import create_model
+from updp.subnet import SubnetConfig
+from updp.supernet import Supernet, build_supernet
+from updp.train import FitResult, Policy, create_accelerator, fit
+from updp.train.session import derive_seed
+
+_SCORING_BATCH = 128
+_WORKERS = 8  # processes that read images, at most; small sets are kept in memory instead
+_IN_MEMORY = 64  # pixels a side up to which images are read by the training process itself
+
+
+@dataclass
+class Context:
+    """A run under way."""
+
+    run: RunDirectory
+    data: Data
+    accelerator: Accelerator
+    watch: Watch
+
+    @classmethod
+    def of(cls, run: RunDirectory, watch: Watch) -> Context:
+        """Open what a run directory names.
+
+        Raises:
+            InputError: the data or the device is not there any more.
+        """
+        accelerator = start(run.record.device, run.record.precision, run.record.threads)
+        data = open_for(run.spec, run.record.data)
+        data.check_classes(run.record.num_classes)
+        return cls(run, data, accelerator, watch if accelerator.is_main_process else Watch())
+
+    @property
+    def spec(self) -> ArchSpec:
+        return self.run.spec
+
+    @property
+    def seed(self) -> int:
+        return self.run.record.seed
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return bool(self.accelerator.is_main_process)
+
+    # --- networks ---
+
+    def new_model(self) -> nn.Module:
+        return create_model(self.spec, num_classes=self.run.record.num_classes, seed=self.seed)
+
+    def baseline_model(self) -> nn.Module:
+        """The network with the weights of the stage ``baseline``."""
+        model = self.new_model()
+        file = self.run.file("baseline", "weights.safetensors")
+        load_state(model, load_tensors(file)[0], file)
+        return model
+
+    def supernet(self, *, resized: bool = False) -> Supernet:
+        """A supernet that starts from the baseline's weights."""
+        torch.manual_seed(derive_seed(self.seed, "supernet"))  # for the parameters that recipes add
+        return build_supernet(self.spec, self.baseline_model(), resized=resized)
+
+    def trained_supernet(self) -> Supernet:
+        """The supernet of the stage ``supernet``."""
+        supernet = self.supernet()
+        self.load(supernet, "supernet")
+        return supernet
+
+    def trained_subnet(self) -> Supernet:
+        """The pruned network of the stage ``finetune``, not yet merged."""
+        supernet = self.supernet(resized=True)
+        supernet.reduce(self.subnet())
+        supernet.free_baseline()
+        self.load(supernet, "finetune")
+        return supernet.eval()
+
+    def subnet(self) -> SubnetConfig:
+        """The subnet that the search found, or the given one."""
+        return SubnetConfig.load(self.run.file("search", "subnet.json"))
+
+    def load(self, module: nn.Module, stage: str) -> None:
+        file = self.run.file(stage, "weights.safetensors")
+        load_state(module, load_tensors(file)[0], file)
+
+    def save(self, module: nn.Module, stage: str) -> None:
+        if self.is_main:
+            save_tensors(self.run.file(stage, "weights.safetensors"), module.state_dict())
+
+    # --- work ---
+
+    def fit(self, stage: str, network: nn.Module, policy: Policy, evaluate: Evaluate | None = None) -> FitResult:
+        """Train a network in place, as the schedule of the stage says."""
+        settings: TrainSettings = getattr(self.spec.schedule, stage)
+        seed = derive_seed(self.seed, stage)
+        images = self.data.train(settings, seed=self.seed, held_out=self.spec.schedule.held_out)
+        batches = loader(images, settings.batch_size, train=True, seed=seed, workers=workers_for(self.spec))
+        return fit(
+            network, batches, settings, policy, accelerator=self.accelerator, seed=seed, evaluate=evaluate,
+            progress=self.watch,
+        )  # fmt: skip
+
+    def score(self, network: nn.Module, title: str) -> Score:
+        """Accuracy on the validation images."""
+        return score(network.to(self.accelerator.device), self.data, self.watch, title, self.spec)
+
+    def calibration(self) -> list[Tensor]:
+        """Batches of images to estimate norms with."""
+        schedule = self.spec.schedule
+        images = self.data.calibration(schedule.search.calibration_images, self.seed, held_out=schedule.held_out)
+        batches = loader(images, _SCORING_BATCH, train=False, workers=workers_for(self.spec))
+        return [x.to(self.accelerator.device) for x, _ in batches]
+
+
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+
+def score(network: nn.Module, data: Data, watch: Watch, title: str, spec: ArchSpec) -> Score:
+    """Accuracy on the validation images of a data set."""
+    images = data.val()
+    batches = loader(images, _SCORING_BATCH, train=False, workers=workers_for(spec))
+    with watch.task(title, len(images)) as advance:
+        return evaluate(network, batches, progress=advance)
+
+
+def workers_for(spec: ArchSpec) -> int:
+    """Processes that read images. They change no bit; small images are not worth starting any."""
+    if max(spec.input[1:]) <= _IN_MEMORY:
+        return 0
+    return min(_WORKERS, len(os.sched_getaffinity(0)))
+
+
+def start(device: str, precision: str, threads: int) -> Accelerator:
+    """Claim device and threads.
+
+    Raises:
+        InputError: there is no such device here, or no such precision.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: got cuda, but torch finds no GPU here; allowed: cpu")
+    torch.set_num_threads(threads)
+    return create_accelerator(precision, cpu=device == "cpu")
+
+
+def open_for(spec: ArchSpec, name: str, model: nn.Module | None = None) -> Data:
+    """A data set, with the transforms that the spec's network wants.
+
+    Raises:
+        InputError: there is no such data.
+    """
+    config = data_config(create_model(spec) if model is None else model, spec.data)
+    return open_data(name, input=spec.input, config=config)
+
+
+def absolute(data: str) -> str:
+    """The name of a data set that means the same in every working directory."""
+    kind, colon, path = data.partition(":")
+    if kind in ("folder", "npz") and path:
+        return f"{kind}{colon}{Path(path).expanduser().absolute()}"
+    name, at, root = data.partition("@")
+    return f"{name}{at}{Path(root).expanduser().absolute()}" if root and "://" not in root else data
+
+
+def plain(value: Any) -> Any:
+    """A frozen dataclass as JSON data."""
+    return value.to_json() if hasattr(value, "to_json") else dict(vars(value))

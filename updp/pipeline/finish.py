@@ -1,0 +1,133 @@
+"""The stage ``merge``: the merged network, its proof, what it costs, what it gains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from updp.artefact import save_network, source_path
+from updp.certificate import Certificate, certify, merge
+from updp.errors import CertificateError
+from updp.exporting import export_network
+from updp.measure import Timing, environment, measure
+from updp.oracle import Count, count
+from updp.pipeline.context import Context
+from updp.structure import BoundBlock, evaluating, get_block
+from updp.supernet import KEEP, Supernet
+
+_NETWORK_SECONDS, _BLOCK_SECONDS = 6.0, 0.3  # spent on timing, roughly
+_ROUNDS = (15, 200)
+
+
+def finish(context: Context) -> dict[str, Any]:
+    """Merge the finetuned network, prove it, save it, and compare it with the baseline.
+
+    Raises:
+        CertificateError: the merged network is not the network that it was made from. Nothing is saved then.
+    """
+    start = time.perf_counter()
+    source = context.trained_subnet()
+    network, certificate, random = merge_certified(source)
+    unmerged, merged = context.score(source, "scoring"), context.score(network, "scoring")
+    files = _save(context, network, source, certificate)
+    before, after = _counts(context, network)
+    return {
+        "top1_unmerged": unmerged.top1, "top1": merged.top1, "top5": merged.top5, "loss": merged.loss,
+        "certificate": certificate.to_json(), "certificate_random": random.to_json(),
+        "before": before.to_json(), "after": after.to_json(), **latencies(context, network),
+        "files": [str(file.relative_to(context.run.path)) for file in files],
+        "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+def merge_certified(source: Supernet) -> tuple[nn.Module, Certificate, Certificate]:
+    """A merged network with two certificates: of its own weights, and of random ones.
+
+    Raises:
+        CertificateError: one of them does not hold.
+    """
+    source = source.cpu()
+    network, given = merge(source)
+    random = certify(source, weights="random")
+    for certificate in (given, random):
+        if not certificate.ok:
+            failures = certificate.failures()
+            shown = "\n".join(f"  {failure}" for failure in failures[:10])
+            raise CertificateError(f"the certificate does not hold on {certificate.weights} weights:\n{shown}")
+    return network, given, random
+
+
+def _save(context: Context, network: nn.Module, source: Supernet, certificate: Certificate) -> list[Path]:
+    """Write the products; returns them."""
+    target = context.run.file("merge", "merged.safetensors")
+    files = [target, source_path(target)]
+    network = network.cpu()
+    if context.is_main:
+        save_network(target, network, source.cpu(), certificate)
+    if find_spec("onnx") is None or find_spec("onnxscript") is None:
+        context.watch.on_note("no ONNX file: onnx is not installed (pip install 'updp[export]')")
+        return files
+    onnx = context.run.file("merge", "merged.onnx")
+    if context.is_main:
+        with context.watch.task("onnx", None):
+            export_network(network, context.spec.input, onnx, "onnx")
+    return [*files, onnx]
+
+
+def _counts(context: Context, network: nn.Module) -> tuple[Count, Count]:
+    """Cost of the baseline and of the merged network."""
+    model = context.new_model()
+    supernet = context.supernet()
+    choices = {name: context.subnet().choice(name) for name in supernet.bound}
+    before = count(model, context.spec.input, supernet.bound)
+    return before, count(network, context.spec.input, supernet.bound, choices=choices)
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def latencies(context: Context, merged: nn.Module) -> dict[str, Any]:
+    """Latency at batch 1, baseline against merged in turns: of the whole network and of each block."""
+    device = context.accelerator.device
+    supernet = context.supernet()
+    baseline, merged = context.baseline_model().to(device).eval(), merged.to(device).eval()
+    x = torch.randn(1, *context.spec.input, device=device)
+    title = "measuring"
+    with context.watch.task(title, len(supernet.bound) + 1) as advance, evaluating(baseline, merged):
+        rows = _compare({"baseline": lambda: baseline(x), "merged": lambda: merged(x)}, device, _NETWORK_SECONDS)
+        blocks = []
+        for done, (name, bound) in enumerate(supernet.bound.items(), 1):
+            advance(done)
+            choice = context.subnet().choice(name)
+            blocks.append({"block": name, "choice": choice, **_block_rows(baseline, merged, bound, choice, device)})
+    table = {"environment": environment(device), "rows": [row.to_dict() for row in rows.values()]}
+    return {"latency": table, "block_latency": blocks}
+
+
+def _block_rows(
+    baseline: nn.Module, merged: nn.Module, bound: BoundBlock, choice: str, device: torch.device
+) -> dict[str, Any]:
+    """A block before and after; a block that is kept is the same before and after."""
+    x = torch.randn(1, *bound.input_shape[1:], device=device)
+    block = get_block(baseline, bound.name)
+    functions: dict[str, Callable[[], object]] = {"before": lambda: block(x, *bound.args, **bound.kwargs)}
+    if choice != KEEP:
+        after = get_block(merged, bound.name)
+        functions["after"] = lambda: after(x)
+    rows = _compare(functions, device, _BLOCK_SECONDS)
+    same = rows["before"].to_dict()
+    return {"before": same, "after": rows["after"].to_dict() if "after" in rows else {**same, "name": "after"}}
+
+
+def _compare(functions: Mapping[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, Timing]:
+    """Time functions in turns, for about so many seconds."""
+    once = measure(functions, rounds=3, warmup=2, device=device)
+    total = sum(timing.median_ms for timing in once.values()) / 1e3
+    rounds = min(max(round(seconds / total), _ROUNDS[0]), _ROUNDS[1])
+    return measure(functions, rounds=rounds, device=device)

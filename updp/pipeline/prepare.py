@@ -1,0 +1,258 @@
+"""From what a user asks for to a run directory. Everything is checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from updp.artefact import load_weights
+from updp.conformance import check_spec
+from updp.data import Data
+from updp.errors import InputError, Place, Problem, suggest
+from updp.files import sha256
+from updp.measure import environment
+from updp.pipeline.context import absolute, open_for, start
+from updp.pipeline.directory import RunDirectory, RunRecord
+from updp.pipeline.settings import resolve, split_settings
+from updp.pipeline.watch import Watch
+from updp.spec import STAGES as TRAINING
+from updp.spec import ArchSpec, load_spec
+from updp.structure import create_model
+from updp.subnet import SubnetConfig
+from updp.supernet import Supernet, build_supernet
+from updp.train.factory import make_optimizer, make_scheduler
+
+DEVICES = ("auto", "cpu", "cuda")
+_MOST_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``updp run`` is asked for. Of what is None, a run that exists keeps what it has."""
+
+    spec: str
+    data: str
+    out: Path
+    prune: int | None = None
+    recipe: str | None = None
+    weights: Path | None = None
+    subnet: Path | None = None
+    settings: Sequence[str] = ()
+    seed: int | None = None
+    threads: int | None = None
+    device: str | None = None
+    precision: str | None = None
+
+
+@dataclass
+class _Findings:
+    """All that is wrong with a request."""
+
+    problems: list[Problem] = field(default_factory=list)
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """Keep an error of this part and go on with the next."""
+        try:
+            yield
+        except InputError as error:
+            self.problems += error.problems
+
+    def check(self) -> None:
+        if self.problems:
+            raise InputError(list(dict.fromkeys(self.problems)))
+
+
+def prepare(request: Request, watch: Watch | None = None) -> RunDirectory:
+    """Make the run directory that a request asks for, or open it if it is there.
+
+    Raises:
+        InputError: with everything that is wrong; nothing has been written then.
+    """
+    found = _Findings()
+    with found.part():
+        settings = [*request.settings, *([] if request.seed is None else [f"seed={request.seed}"])]
+        spec = resolve(load_spec(request.spec), settings)
+    existing = None
+    with found.part():
+        existing = _existing(request.out)
+    found.check()
+    accelerator = _start(request, existing)
+    record, subnet = _examine(request, spec, settings, accelerator, found)
+    if existing is not None:
+        if differences := existing.record.differences(record):
+            place = Place(str(request.out))
+            raise InputError([Problem(place, "holds another run", difference) for difference in differences])
+        return existing
+    with (watch or Watch()).task("checking", None):
+        check_spec(spec)
+    if accelerator.is_main_process:
+        RunDirectory.create(request.out, record, spec, subnet)
+    accelerator.wait_for_everyone()
+    return RunDirectory.open(request.out)
+
+
+def _existing(out: Path) -> RunDirectory | None:
+    """The run that is in the directory already, if any."""
+    if (out / "run.json").is_file():
+        return RunDirectory.open(out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is a file, allowed: a directory")
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"--out: {out} has files in it and is no run directory; allowed: a new or an empty directory")
+    return None
+
+
+def _start(request: Request, existing: RunDirectory | None) -> Accelerator:
+    record = None if existing is None else existing.record
+    threads = request.threads or (record.threads if record else None)
+    device = choose_device(request.device or (record.device if record else "auto"), threads)
+    precision = request.precision or (record.precision if record else "no")
+    return start(device, precision, torch.get_num_threads())
+
+
+def choose_device(name: str, threads: int | None) -> str:
+    """The device that a name means here; sets the number of CPU threads.
+
+    Raises:
+        InputError: no such device, or a number of threads that makes no sense.
+    """
+    if name not in DEVICES:
+        raise InputError(f"--device: {suggest(name, DEVICES)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device: got cuda, but torch finds no GPU here; allowed: auto, cpu")
+    if threads is not None:
+        if not 0 < threads <= _MOST_THREADS:
+            raise InputError(f"--threads: got {threads}, allowed: 1 to {_MOST_THREADS}")
+        torch.set_num_threads(threads)
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _examine(
+    request: Request, spec: ArchSpec, settings: Sequence[str], accelerator: Accelerator, found: _Findings
+) -> tuple[RunRecord, SubnetConfig | None]:
+    """Check all parts against each other; report their problems together."""
+    data: Data | None = None
+    model = subnet = None
+    plain_model = create_model(spec)
+    with found.part():
+        data = open_for(spec, request.data, plain_model)
+        _check_images(spec, data)
+    with found.part():
+        model = _model(spec, request.weights, data, plain_model)
+    with found.part():
+        _check_training(spec)
+    supernet = build_supernet(spec, plain_model if model is None else model)
+    prune = 0
+    with found.part():
+        subnet, prune = _check_choice(request, supernet)
+    found.check()
+    assert model is not None
+    weights = request.weights and {"file": str(request.weights.absolute()), "sha256": sha256(request.weights)}
+    record = RunRecord(
+        spec=spec.name, spec_hash=spec.hash, data=absolute(request.data), num_classes=_num_classes(model),
+        prune=prune, recipe=request.recipe, settings=tuple(split_settings(settings)[1]),
+        seed=spec.schedule.seed, threads=torch.get_num_threads(), device=accelerator.device.type,
+        precision=str(accelerator.mixed_precision), weights=weights or None,
+        subnet=None if subnet is None else dict(subnet.choices), blocks=tuple(_blocks(supernet)),
+        environment=environment(),
+    )  # fmt: skip
+    return record, subnet
+
+
+def _check_images(spec: ArchSpec, data: Data) -> None:
+    """Open every part of the data that a stage will ask for."""
+    schedule = spec.schedule
+    for stage in TRAINING:
+        data.train(getattr(schedule, stage), seed=schedule.seed, held_out=schedule.held_out)
+    data.held_out(schedule.held_out, schedule.seed)
+    data.val()
+
+
+def _check_training(spec: ArchSpec) -> None:
+    """Names of optimizers and schedulers are timm's: only making one tells."""
+    for stage in TRAINING:
+        settings = getattr(spec.schedule, stage)
+        try:
+            make_scheduler(make_optimizer(nn.Linear(1, 1), settings), settings, 1)
+        except InputError as error:
+            raise InputError([Problem(None, stage, str(error))]) from None
+
+
+def _model(spec: ArchSpec, weights: Path | None, data: Data | None, plain_model: nn.Module) -> nn.Module:
+    if weights is None:
+        return plain_model if data is None else create_model(spec, num_classes=data.num_classes)
+    return model_with_weights(spec, weights, data)
+
+
+def model_with_weights(spec: ArchSpec, weights: Path, data: Data | None) -> nn.Module:
+    """The spec's network with weights from a file, of as many classes as the file has.
+
+    Raises:
+        InputError: the weights are another network's, or their classes are not the data's.
+    """
+    error: InputError | None = None
+    for classes in dict.fromkeys([None if data is None else data.num_classes or None, None]):
+        model = create_model(spec, num_classes=classes)
+        try:
+            load_weights(model, weights)
+        except InputError as wrong:
+            error = wrong
+            continue
+        if data is not None:
+            data.check_classes(_num_classes(model))
+        return model
+    assert error is not None
+    raise error
+
+
+def _num_classes(model: nn.Module) -> int:
+    return int(model.num_classes)  # type: ignore[arg-type]
+
+
+def _check_choice(request: Request, supernet: Supernet) -> tuple[SubnetConfig | None, int]:
+    """The given subnet, and how many blocks are pruned."""
+    available = supernet.available
+    if request.subnet is not None:
+        subnet = read_subnet(request.subnet, supernet)
+        if request.recipe is not None:
+            raise InputError("--recipe: has no meaning with --subnet, which names a recipe for each block")
+        if request.prune is not None and request.prune != len(subnet.pruned):
+            raise InputError(f"--prune: got {request.prune}, but {request.subnet} prunes {len(subnet.pruned)} blocks")
+        if not subnet.pruned:
+            raise InputError([Problem(Place(str(request.subnet)), "choices", "prunes no block")])
+        return subnet, len(subnet.pruned)
+    for name in available:
+        supernet.default_choice(name, request.recipe)
+    if request.prune is None:
+        raise InputError("--prune: say how many blocks to prune, or give a --subnet")
+    if not 1 <= request.prune <= len(available):
+        blocks = f"{supernet.spec.name} has {len(available)} prunable blocks"
+        raise InputError(f"--prune: got {request.prune}, allowed: 1 to {len(available)} ({blocks})")
+    return None, request.prune
+
+
+def read_subnet(file: Path, supernet: Supernet) -> SubnetConfig:
+    """A subnet file, checked against a network.
+
+    Raises:
+        InputError: with all its problems, each with the file's name.
+    """
+    subnet = SubnetConfig.load(file)
+    try:
+        subnet.check(supernet.spec.name, supernet.available)
+    except InputError as error:
+        raise InputError([replace(problem, place=Place(str(file))) for problem in error.problems]) from None
+    return subnet
+
+
+def _blocks(supernet: Supernet) -> Iterator[dict[str, Any]]:
+    for name, bound in supernet.bound.items():
+        yield {"name": name, "structure": bound.group.structure, "recipes": list(bound.group.recipes)}

@@ -1,0 +1,67 @@
+"""Doing the stages of a run, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from updp.errors import InputError, suggest
+from updp.pipeline import finish, stages
+from updp.pipeline.context import Context
+from updp.pipeline.directory import STAGES, RunDirectory
+from updp.pipeline.watch import Watch
+
+_WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
+    "baseline": stages.baseline,
+    "supernet": stages.supernet,
+    "search": stages.search,
+    "finetune": stages.finetune,
+    "merge": finish.finish,
+}
+
+
+def run(directory: RunDirectory, wanted: Sequence[str] = STAGES, watch: Watch | None = None) -> None:
+    """Do the wanted stages of a run that are not finished, in their order.
+
+    Raises:
+        InputError: a stage that comes before is not finished and not wanted, or the run has no such stage.
+        UpdpError: the work itself failed. What is finished stays finished.
+    """
+    watch = watch or Watch()
+    order = directory.record.stages
+    for stage in wanted:
+        if stage not in STAGES:
+            raise InputError(f"stage: {suggest(stage, STAGES)}")
+    due = [stage for stage in order if stage in wanted]
+    if not due:
+        raise InputError(f"{directory.path}: the run has a given subnet: it needs no {' and no '.join(wanted)}")
+    _check_order(directory, order, due)
+    context: Context | None = None
+    for stage in due:
+        result = directory.result(stage)
+        fresh = result is None
+        if result is None:
+            context = context or Context.of(directory, watch)
+            context.watch.on_stage(stage, order.index(stage) + 1, len(order))
+            result = _do(context, stage)
+        (context.watch if context else watch).on_result(stage, result, fresh=fresh)
+
+
+def _do(context: Context, stage: str) -> dict[str, Any]:
+    if context.is_main:
+        context.run.begin(stage)
+    context.accelerator.wait_for_everyone()
+    result = _WORK[stage](context)
+    if context.is_main:
+        context.run.finish(stage, result)
+    context.accelerator.wait_for_everyone()
+    return context.run.result(stage) or result
+
+
+def _check_order(directory: RunDirectory, order: Sequence[str], due: Sequence[str]) -> None:
+    """Every stage before the first that is due must be finished."""
+    for stage in order[: order.index(due[0])]:
+        if directory.result(stage) is None:
+            command = "train" if stage in ("baseline", "supernet") else stage
+            todo = f"run `updp {command} {directory.path}`"
+            raise InputError(f"{directory.path}: the stage {stage} comes first and is not finished: {todo}")

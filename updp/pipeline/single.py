@@ -1,0 +1,114 @@
+"""Work on one network outside a run: judging it, merging it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from updp.artefact import inspect, load, save_network, source_path
+from updp.certificate import Certificate
+from updp.data import Data
+from updp.errors import InputError, Place, Problem
+from updp.oracle import Score
+from updp.pipeline.context import open_for, score
+from updp.pipeline.finish import merge_certified
+from updp.pipeline.prepare import model_with_weights, read_subnet
+from updp.pipeline.settings import resolve
+from updp.pipeline.watch import Watch
+from updp.randomize import randomize
+from updp.spec import ArchSpec, load_spec
+from updp.structure import create_model
+from updp.supernet import build_supernet
+
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A network's score, and what it was scored on and how."""
+
+    network: str
+    weights: str
+    score: Score
+    data: Data
+
+
+def judge(
+    name: str, data_name: str, weights: Path | None, settings: Sequence[str], device: str, watch: Watch | None = None
+) -> Judged:
+    """Score a saved network, or a spec's network with given weights, on the validation images of a data set.
+
+    Args:
+        name: the path of a saved network, or a spec.
+        settings: of the spec; with a saved network only ``data.…``.
+
+    Raises:
+        InputError: network, weights and data do not exist or do not fit.
+    """
+    saved = Path(name).suffix == _SUFFIX
+    spec = _saved_spec(Path(name), weights, settings) if saved else resolve(load_spec(name), settings)
+    data = open_for(spec, data_name)
+    if saved:
+        model, origin = load(name), "its own"
+        data.check_classes(int(model.num_classes))  # type: ignore[arg-type]
+    elif weights is not None:
+        model, origin = model_with_weights(spec, weights, data), str(weights)
+    else:
+        model, origin = create_model(spec, num_classes=data.num_classes or None, seed=spec.schedule.seed), "random"
+    result = score(model.to(device), data, watch or Watch(), "scoring", spec)
+    return Judged(name, origin, result, data)
+
+
+def _saved_spec(path: Path, weights: Path | None, settings: Sequence[str]) -> ArchSpec:
+    if weights is not None:
+        raise InputError(f"--weights: {path} has its own weights; allowed with a spec")
+    others = [setting for setting in settings if not setting.strip().startswith("data.")]
+    if others:
+        place = Place(f"--set {others[0]}")
+        raise InputError([Problem(place, "", "a saved network stays what it is; allowed: data.mean, data.std, …")])
+    return resolve(inspect(path).spec, settings)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged network that was saved."""
+
+    path: Path
+    network: nn.Module
+    certificate: Certificate
+
+
+def merge_spec(
+    name: str, subnet: Path, weights: Path | None, out: Path, settings: Sequence[str] = (), seed: int = 0
+) -> Merged:
+    """Merge a spec's network as a subnet file says, without training, and save it.
+
+    Args:
+        weights: of the baseline; every parameter and statistic is random without them.
+
+    Raises:
+        InputError: spec, subnet, weights or the place to write are wrong. Nothing is written then.
+        CertificateError: the merged network is not the one that it was made from.
+    """
+    spec = resolve(load_spec(name), settings)
+    if out.suffix != _SUFFIX or out.is_dir() or not out.absolute().parent.is_dir():
+        raise InputError(f"--out: got {out}, allowed: a file NAME{_SUFFIX} in a folder that exists")
+    model = create_model(spec, seed=seed) if weights is None else model_with_weights(spec, weights, None)
+    torch.manual_seed(seed)
+    supernet = build_supernet(spec, model, resized=True)
+    if weights is None:
+        randomize(supernet, seed)
+    supernet.reduce(read_subnet(subnet, supernet))
+    supernet.free_baseline()
+    network, certificate, _ = merge_certified(supernet.eval())
+    save_network(out, network, supernet, certificate)
+    return Merged(out, network, certificate)
+
+
+def products(merged: Merged) -> list[Path]:
+    """The files that `merge_spec` wrote."""
+    return [merged.path, source_path(merged.path)]
