@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import timm
@@ -61,6 +61,10 @@ class BoundBlock:
         """Input and output channels."""
         axis = 1 if self.flow.entry == "first" else -1
         return self.input_shape[axis], self.output_shape[axis]
+
+    def without_modules(self) -> BoundBlock:
+        """What was recorded, without holding on to the block's modules."""
+        return replace(self, module=nn.Identity(), flow=FlowModule((), {}, self.flow.entry))
 
     def signature(self) -> str:
         """Blocks of equal signature are of one kind: structure, recipes, shapes, modules without drop rates."""

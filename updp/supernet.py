@@ -203,9 +203,10 @@ class Supernet(nn.Module):
     def free_baseline(self) -> None:
         """Drop the baseline branch of every pruned block: from blend 1 on it costs neither memory nor compute."""
         self.set_blend(1.0)
-        for block in self.blocks.values():
+        for name, block in self.blocks.items():
             if block.active != KEEP:
                 block.keep = None
+                self.bound[name] = self.bound[name].without_modules()
 
     def resize(self, progress: float) -> list[str]:
         """Make the kernel changes that are due at this fraction (0..1) of finetuning; returns the weights' names."""
