@@ -127,12 +127,11 @@ def open_factory(text: str) -> Source:
     name = parse_name(text)
     train, why = _split(name, str(name.options.get("train", "train")))
     val, why_not = _split(name, str(name.options.get("val", "validation")))
-    if not name.prefix:  # a tar file has no splits: the factory would give all of it twice
-        train, why = None, "a tar file is one set to judge on"
+    if not name.prefix or _same(train, val):  # without folders for the splits the factory gives all of it twice
+        train, why = None, "there is one set of images, which is to judge on"
     if train is None and val is None:
         raise InputError(f"data {text!r}: {why_not}")
-    given = next(images for images in (train, val) if images is not None)
-    classes = None if isinstance(given, FactoryStream) else _classes(given.reader or given.dataset)
+    classes = _common_classes(text, train, val)
     count = int(name.options.get("classes", 0)) or (len(classes) if classes else _count(train, val))
     if not count:
         hint = f"write {name.name},classes=N"
@@ -195,6 +194,20 @@ def _labels(holder: Any) -> list[int] | None:
         return [int(label) for label in found] if found is not None else None
     except (TypeError, ValueError):
         return None
+
+
+def _same(train: FactoryImages | FactoryStream | None, val: FactoryImages | FactoryStream | None) -> bool:
+    """Whether two splits are the same files."""
+    learned, judged = (getattr(getattr(images, "dataset", None), "samples", None) for images in (train, val))
+    return learned is not None and bool(learned == judged)
+
+
+def _common_classes(text: str, *splits: FactoryImages | FactoryStream | None) -> tuple[str, ...] | None:
+    sets = [images for images in splits if isinstance(images, FactoryImages)]
+    found = {_classes(images.reader or images.dataset) for images in sets}
+    if len(found) > 1:
+        raise InputError(f"data {text!r}: the class lists of its two splits differ")
+    return next(iter(found), None)
 
 
 def _classes(holder: Any) -> tuple[str, ...] | None:

@@ -76,7 +76,8 @@ def _find(path: Path) -> tuple[Path | None, Path | None]:
 def _read(path: Path) -> tuple[np.ndarray[Any, Any], list[int], list[int], tuple[str, ...]]:
     """The arrays of a packed set, checked against each other."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # opened here: numpy leaves its own file open when it is damaged
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             data, offset, label, classes = (arrays[key] for key in ("data", "offset", "label", "classes"))
     except KeyError as error:
         raise InputError(f"{path}: {error.args[0]}; allowed: data, offset, label, classes") from None
