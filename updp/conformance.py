@@ -80,6 +80,20 @@ def block_kinds(bound: dict[str, BoundBlock]) -> dict[str, list[str]]:
     return {names[0]: names for names in kinds.values()}
 
 
+def odd_size(spec: ArchSpec) -> tuple[int, int, int] | None:
+    """An odd, oblong input that the network takes: small where it can be; None where only its own size will do."""
+    channels, height, width = spec.input
+    model = create_model(spec).eval()
+    for size in ((height * 5 // 8 | 1, width // 2 | 1), (height + 1 | 1, width + 3 | 1)):
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, channels, *size))
+            return (channels, *size)
+        except (RuntimeError, AssertionError, ValueError):
+            continue
+    return None
+
+
 def check_spec(
     spec: ArchSpec,
     *,
