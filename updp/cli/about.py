@@ -21,7 +21,7 @@ def list_specs(json: Json = False) -> None:
     """Show the shipped specs: networks that updp knows how to make shallower."""
     from updp.spec import list_specs, load_spec
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in list_specs():
         spec = load_spec(name)
         recipes = {recipe: spec.recipes[recipe].kind for group in spec.blocks for recipe in group.recipes}
@@ -34,13 +34,9 @@ def list_specs(json: Json = False) -> None:
     shown = table("spec", "model", ">input", "recipes", "blocks")
     for row in rows:
         shown.add_row(str(row["spec"]), str(row["model"]), "x".join(map(str, row["input"][1:])),
-                      ", ".join(row["recipes"]), _shorten(", ".join(row["blocks"]), 34))  # fmt: skip
+                      ", ".join(row["recipes"]), ", ".join(row["blocks"]))  # fmt: skip
     out.print(shown)
     line(out, "\nTry one: ", f"updp check {rows[0]['spec']}", rest="bold")
-
-
-def _shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 @guarded()

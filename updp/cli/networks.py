@@ -53,7 +53,7 @@ def evaluate(
         str, typer.Option(metavar="D", help="digits, folder:PATH, npz:PATH, or a name of timm's datasets.")
     ],
     weights: Weights = None,
-    set: Settings = None,
+    settings: Settings = None,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads.")] = None,
     json: Json = False,
@@ -66,7 +66,7 @@ def evaluate(
     from updp.pipeline.prepare import choose_device
     from updp.pipeline.single import judge
 
-    found = judge(network, data, weights, set or [], choose_device(device, threads), ConsoleWatch(err))
+    found = judge(network, data, weights, settings or [], choose_device(device, threads), ConsoleWatch(err))
     score, about = found.score, found.data.describe()
     if json:
         print_json({"network": network, "weights": found.weights, **dataclasses.asdict(score), "data": about})
@@ -91,14 +91,14 @@ def merge(
     out_path: Annotated[
         Path | None, typer.Option("--out", metavar="NET.safetensors", help="Where to (with a spec).")
     ] = None,
-    set: Settings = None,
+    settings: Settings = None,
 ) -> None:
     """Do the stage merge of a run; or merge a spec's network as a subnet file says, without training.
 
     A subnet file: {"version": 1, "spec": "SPEC", "choices": {"BLOCK": "RECIPE", …}}; other blocks are kept.
     """
     if Path(target).is_dir():
-        if subnet or weights or out_path or set:
+        if subnet or weights or out_path or settings:
             raise InputError(f"{target} is a run, which knows its subnet, weights and settings; allowed: no options")
         merge_run(Path(target))
         return
@@ -108,7 +108,7 @@ def merge(
     from updp.pipeline.single import merge_spec, products
 
     with ConsoleWatch(err).task("merge", None):
-        merged = merge_spec(target, subnet, weights, out_path, set or [])
+        merged = merge_spec(target, subnet, weights, out_path, settings or [])
     if weights is None:
         line(
             out, "The weights are random (no --weights): good for checks and latency, not for accuracy.", style="yellow"
@@ -127,7 +127,7 @@ def count(
     bn_weight: Annotated[int, typer.Option(min=0, metavar="N", help="Operations to count per output element of each \
 batch norm that is left; papers use 0, 1, 2 or 5.")] = 0,
     size: Size = None,
-    set: Settings = None,
+    settings: Settings = None,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Count multiply-accumulates, parameters and depth of a network, merged where a subnet prunes it."""
@@ -136,7 +136,7 @@ batch norm that is left; papers use 0, 1, 2 or 5.")] = 0,
     from updp.spec import load_spec
     from updp.subnet import SubnetConfig
 
-    arch = resolve(load_spec(spec), set or [])
+    arch = resolve(load_spec(spec), settings or [])
     config = None if subnet is None else SubnetConfig.load(subnet)
     result = count_subnet(arch, config, size=parse_size(size, arch.input[0]), bn_weight=bn_weight)
     if json:
@@ -183,14 +183,14 @@ def check(
                 failed.append((name, error))
             advance(number)
     if json:
-        errors = [{"spec": name, "error": str(error)} for name, error in failed]
+        errors = [{"spec": name, "error": str(problem)} for name, problem in failed]
         print_json({"ok": not failed, "specs": [report.to_json() for report in reports], "failed": errors})
     elif reports:
         _show_checks(reports)
-    for _, error in failed:
-        show_error(error)
+    for _, problem in failed:
+        show_error(problem)
     if failed:
-        raise typer.Exit(max(error.exit_status for _, error in failed))
+        raise typer.Exit(max(problem.exit_status for _, problem in failed))
 
 
 def _show_checks(reports: Sequence[CheckReport]) -> None:

@@ -13,6 +13,7 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -123,7 +124,7 @@ def _bars(console: Console) -> Progress:
         SpinnerColumn(),
         TextColumn("[bold]{task.description:<9}"),
         BarColumn(bar_width=26),
-        TextColumn("{task.percentage:>3.0f} %"),
+        TaskProgressColumn(),
         _TimeLeft(),
         TextColumn("[dim]{task.fields[notes]}"),
         TimeElapsedColumn(),
@@ -134,16 +135,15 @@ def _bars(console: Console) -> Progress:
 
 def outcome(stage: str, result: Mapping[str, Any]) -> str:
     """What a stage came to, in one line."""
-    if stage == "baseline":
-        how = f"{result['epochs']} epochs" if result.get("epochs") else "given weights"
-        return f"top-1 {percent(result['top1'])}  ({how})"
     if stage == "supernet":
         return f"all kept {percent(result['top1_keep'])}, all pruned {percent(result['top1_pruned'])}"
     if stage == "search":
         shared, unshared = (result["block_evaluations"][key] for key in ("shared", "unshared"))
-        ratio = f", {shared / unshared:.2f} of the block evaluations" if unshared else ""
-        best = percent(result["best"]["top1"])
-        return f"best {best} on held-out images  ({result['candidates_scored']} candidates{ratio})"
-    if stage == "finetune":
-        return f"top-1 {percent(result['top1'])}  ({result['epochs']} epochs)"
-    return f"top-1 {percent(result['top1'])}, certificate {'holds' if result['certificate']['ok'] else 'FAILS'}"
+        saved = f", {1 - shared / unshared:.0%} of their work shared" if unshared else ""
+        return f"{percent(result['best']['top1'])} on held-out images  ({result['candidates_scored']} subnets{saved})"
+    if stage == "merge":
+        verdict = "holds" if result["certificate"]["ok"] else "FAILS"
+        return f"top-1 {percent(result['top1'])}  (certificate {verdict})"
+    epochs = result.get("epochs")
+    how = f"{epochs} epoch{'s' if epochs != 1 else ''}" if epochs or stage != "baseline" else "given weights"
+    return f"top-1 {percent(result['top1'])}  ({how})"

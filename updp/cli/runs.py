@@ -11,62 +11,64 @@ import typer
 from updp.cli.console import guarded, line, out
 from updp.cli.progress import ConsoleWatch
 from updp.cli.summary import show_header, show_summary
-from updp.errors import InputError, UpdpError
+from updp.errors import InputError, UpdpError, suggest
 from updp.pipeline import STAGES
 
 if TYPE_CHECKING:
     from updp.pipeline import RunDirectory
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The directory of a run.")]
+Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A shipped spec (see `updp list`) or a .yaml file.")]
+Data = Annotated[str, typer.Option(metavar="D", help="digits, folder:PATH, npz:PATH, or a name of timm's datasets.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The run's directory: new, empty, or this run's.")]
+Prune = Annotated[int | None, typer.Option(metavar="K", help="How many blocks to prune.")]
+Recipe = Annotated[str | None, typer.Option(metavar="R", help="Prune under this recipe, not each block's first.")]
+Weights = Annotated[
+    Path | None, typer.Option(metavar="W", help="Trained weights of the network; they take baseline's place.")
+]
+Subnet = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Which blocks to prune; it takes supernet's and search's place.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. finetune.epochs=3. Repeatable."),
+]
+Until = Annotated[str, typer.Option(metavar="STAGE", help=f"Stop after this stage: {', '.join(STAGES)}.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Of all that is random; the spec's if left out.")]
+Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; torch's choice if left out.")]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu or cuda; auto if left out.")]
+Precision = Annotated[str | None, typer.Option(metavar="P", help="no (float32) or bf16; no if left out.")]
+
 _CONTINUE = "Finished stages are kept. The same command goes on from there:"
 
 
 @guarded(again=_CONTINUE)
 def run(
-    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A shipped spec (see `updp list`) or a .yaml file.")],
-    data: Annotated[
-        str, typer.Option(metavar="D", help="digits, folder:PATH, npz:PATH, or a name of timm's datasets.")
-    ],
-    out_dir: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="The run's directory: new, empty, or this run's.")
-    ],
-    prune: Annotated[int | None, typer.Option(metavar="K", help="How many blocks to prune.")] = None,
-    recipe: Annotated[
-        str | None, typer.Option(metavar="R", help="Prune under this recipe, not each block's first.")
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(metavar="W", help="Trained weights of the network; they take baseline's place.")
-    ] = None,
-    subnet: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Which blocks to prune; it takes supernet's and search's place.")
-    ] = None,
-    set: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. finetune.epochs=3. Repeatable."),
-    ] = None,
-    until: Annotated[str, typer.Option(metavar="STAGE", help=f"Stop after this stage: {', '.join(STAGES)}.")] = STAGES[
-        -1
-    ],
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Of all that is random; the spec's if left out.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; all cores if left out.")] = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu or cuda; auto if left out.")] = None,
-    precision: Annotated[str | None, typer.Option(metavar="P", help="no (float32) or bf16; no if left out.")] = None,
+    spec: Spec,
+    data: Data,
+    out_dir: Out,
+    prune: Prune = None,
+    recipe: Recipe = None,
+    weights: Weights = None,
+    subnet: Subnet = None,
+    settings: Settings = None,
+    until: Until = STAGES[-1],
+    seed: Seed = None,
+    threads: Threads = None,
+    device: Device = None,
+    precision: Precision = None,
 ) -> None:
     """Train a network, prune K of its blocks, train on, merge, and measure what was gained.
 
     The stages are baseline, supernet, search, finetune and merge. The same command again goes on where it was stopped.
     """
-    from updp.errors import suggest
     from updp.pipeline.prepare import Request, prepare
 
     if until not in STAGES:
         raise InputError(f"--until: {suggest(until, STAGES)}")
     watch = ConsoleWatch(out)
-    request = Request(
-        spec, data, out_dir, prune, recipe, weights, subnet, tuple(set or ()), seed, threads, device, precision
-    )
+    changes = tuple(settings or ())
+    request = Request(spec, data, out_dir, prune, recipe, weights, subnet, changes, seed, threads, device, precision)
     directory = prepare(request, watch)
     _do(directory, STAGES[: STAGES.index(until) + 1], watch)
 

@@ -28,17 +28,14 @@ def show_header(run: RunDirectory) -> None:
     record = run.record
     given = ", ".join(name for name in ("weights", "subnet") if getattr(record, name))
     recipe = f" under {record.recipe}" if record.recipe else ""
-    line(
-        out,
-        record.spec,
-        f" on {record.data}: prune {record.prune} of {len(record.blocks)} blocks{recipe}",
-        style="bold",
-    )
+    what = f" on {record.data}: prune {record.prune} of {len(record.blocks)} blocks{recipe}"
+    line(out, record.spec, what, style="bold")
     parts = [record.device, f"{record.threads} threads", f"seed {record.seed}"]
     parts += ["bf16"] if record.precision == "bf16" else []
     parts += [f"given {given}"] if given else []
-    parts += [" ".join(record.settings)] if record.settings else []
     line(out, " · ".join([*parts, str(run.path)]), style="dim")
+    if record.settings:
+        line(out, "set " + " ".join(record.settings), style="dim")
 
 
 def show_summary(run: RunDirectory) -> None:
@@ -86,10 +83,10 @@ def _verdicts(merged: Mapping[str, Any]) -> list[Text]:
     holds = ("certificate holds", "green") if certificate["ok"] else ("certificate FAILS", "red")
     where = merged["latency"]["environment"]
     machine = f"{where['cpu']}, {where['device']}, {where['threads']} threads, torch {where['torch']}"
-    proof = f"{len(certificate['ops'])} merged operators, worst error {worst:.0e} (allowed 1e-9, float64)"
+    proof = f"worst of {len(certificate['ops'])} merged operators {worst:.0e}, logits {certificate['logits']:.0e}"
     return [
-        Text.assemble(holds, f": {proof}; logits {certificate['logits']:.0e}, in float32 {certificate['float32']:.0e}"),
-        Text(f"measured in turns on {machine}; spread: quartiles", "dim"),
+        Text.assemble(holds, f": {proof} (allowed 1e-9); in float32 {certificate['float32']:.0e}"),
+        Text(f"measured in turns, spread as quartiles: {machine}", "dim"),
     ]
 
 

@@ -162,12 +162,21 @@ def _read_record(file: Path) -> RunRecord:
     if data.get("version") != VERSION:
         message = f"got {data.get('version')!r}, allowed: {VERSION}"
         raise InputError([Problem(Place(str(file)), "version", message)])
-    names = {field.name for field in dataclasses.fields(RunRecord)}
-    if names - set(data):
-        missing = ", ".join(sorted(names - set(data)))
-        raise InputError([Problem(Place(str(file)), "", f"keys are missing: {missing}")])
-    kept = {name: tuple(data[name]) if name in ("settings", "blocks") else data[name] for name in names}
-    return RunRecord(**kept)
+    wrong = [name for name, kinds in _KINDS.items() if name not in data or not isinstance(data[name], kinds)]
+    if wrong:
+        raise InputError([Problem(Place(str(file)), name, "is missing or not what updp writes") for name in wrong])
+    kept: dict[str, Any] = {name: data[name] for name in _KINDS}
+    return RunRecord(**{**kept, "settings": tuple(kept["settings"]), "blocks": tuple(kept["blocks"])})
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("spec", "spec_hash", "data", "device", "precision"), str),
+    **dict.fromkeys(("num_classes", "prune", "seed", "threads", "version"), int),
+    **dict.fromkeys(("settings", "blocks"), list),
+    **dict.fromkeys(("weights", "subnet"), (dict, type(None))),
+    "recipe": (str, type(None)),
+    "environment": dict,
+}
 
 
 def read_json(file: Path) -> dict[str, Any]:

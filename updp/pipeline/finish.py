@@ -35,12 +35,13 @@ def finish(context: Context) -> dict[str, Any]:
     source = context.trained_subnet()
     network, certificate, random = merge_certified(source)
     unmerged, merged = context.score(source, "scoring"), context.score(network, "scoring")
-    files = _save(context, network, source, certificate)
     before, after = _counts(context, network)
+    times = latencies(context, network)
+    files = _save(context, network, source, certificate)
     return {
         "top1_unmerged": unmerged.top1, "top1": merged.top1, "top5": merged.top5, "loss": merged.loss,
         "certificate": certificate.to_json(), "certificate_random": random.to_json(),
-        "before": before.to_json(), "after": after.to_json(), **latencies(context, network),
+        "before": before.to_json(), "after": after.to_json(), **times,
         "files": [str(file.relative_to(context.run.path)) for file in files],
         "seconds": time.perf_counter() - start,
     }  # fmt: skip
@@ -127,7 +128,11 @@ def _block_rows(
 
 def _compare(functions: Mapping[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, Timing]:
     """Time functions in turns, for about so many seconds."""
-    once = measure(functions, rounds=3, warmup=2, device=device)
-    total = sum(timing.median_ms for timing in once.values()) / 1e3
-    rounds = min(max(round(seconds / total), _ROUNDS[0]), _ROUNDS[1])
-    return measure(functions, rounds=rounds, device=device)
+    with torch.inference_mode():
+        for function in functions.values():
+            function()
+        start = time.perf_counter()
+        for function in functions.values():
+            function()
+        once = time.perf_counter() - start
+    return measure(functions, rounds=min(max(round(seconds / once), _ROUNDS[0]), _ROUNDS[1]), device=device)
