@@ -7,8 +7,8 @@ or ``hfds/user/set,download,val=test,input_key=img``. Nothing is fetched from th
 from __future__ import annotations
 
 import contextlib
+import io
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +163,7 @@ def _check_name(name: FactoryName) -> None:
 
 def _create(name: FactoryName, split: str, *, is_training: bool = False, seed: int = 0) -> Any:
     keys = {key: name.options[key] for key in ("input_key", "target_key") if key in name.options}
-    with contextlib.redirect_stdout(sys.stderr):  # some readers print before they raise
+    with contextlib.redirect_stdout(io.StringIO()):  # some readers print before they raise
         return create_dataset(name.name, root=name.root, split=split, is_training=is_training, seed=seed,
                               download=bool(name.options.get("download")), **keys)  # fmt: skip
 
@@ -173,7 +173,9 @@ def _split(name: FactoryName, split: str) -> tuple[FactoryImages | FactoryStream
     try:
         dataset = _create(name, split)
         length = len(dataset)
-    except Exception as error:  # readers raise what their library does, assertions and import errors too
+    except ModuleNotFoundError as error:
+        return None, f"needs the package {error.name}, which is not installed"
+    except Exception as error:  # readers raise what their library does, assertions too
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         return None, f"split {split!r}: {reason}"
     if not length:
