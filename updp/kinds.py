@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import timm.layers as timm_layers
+from timm.layers.conv2d_same import Conv2dSameExport
 from timm.layers.norm import LayerNormExp2d
-from timm.layers.norm_act import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d, LayerNormAct2d, LayerNormAct2dFp32
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from updp import affine
 from updp.affine import Affine
-from updp.layers import Layout, Negate, Pad, Scale, conv_padding
+from updp.layers import BatchNorm, Layout, Negate, Pad, PaddedConv2d, Scale, conv_padding
 
 KindName: TypeAlias = Literal[
     "conv", "linear", "batchnorm", "norm", "norm_act", "activation",
@@ -109,9 +110,12 @@ def _negate(module: nn.Module, channels: int) -> Affine:
     return affine.negate(channels)
 
 
+_CONVS = (nn.Conv2d, PaddedConv2d, timm_layers.Conv2dSame, Conv2dSameExport)
+_LINEARS = (nn.Linear, timm_layers.Linear)
+_BATCHNORMS = (_BatchNorm, BatchNorm, nn.SyncBatchNorm)
 _NORMS_FIRST = (
     nn.GroupNorm, timm_layers.LayerNorm2d, timm_layers.LayerNorm2dFp32, LayerNormExp2d,
-    timm_layers.RmsNorm2d, timm_layers.SimpleNorm2d,
+    timm_layers.RmsNorm2d, timm_layers.SimpleNorm2d, LayerNormAct2d, LayerNormAct2dFp32,
 )  # fmt: skip
 _NORMS_LAST = (nn.LayerNorm, timm_layers.RmsNorm, timm_layers.SimpleNorm)
 _ACTIVATIONS = (
@@ -127,19 +131,26 @@ _DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, timm_layers.DropPath, timm_lay
 def kind_of(module: nn.Module) -> Kind:
     """The kind of a module; unknown modules and containers are opaque: run as they are, never merged."""
     if isinstance(module, nn.Conv2d):
-        return Kind("conv", "first", _conv) if conv_padding(module) is not None else Kind("opaque", "first")
+        plain = _computes_as(module, _CONVS) and conv_padding(module) is not None
+        return Kind("conv", "first", _conv) if plain else Kind("opaque", "first")
     if isinstance(module, nn.Linear):
-        return Kind("linear", "last", _linear)
+        return Kind("linear", "last", _linear) if _computes_as(module, _LINEARS) else Kind("opaque", "last")
     if isinstance(module, BatchNormAct2d):
         return Kind("norm_act", "first")
     return _norm_kind(module) or _simple_kind(module) or Kind("opaque")
 
 
+def _computes_as(module: nn.Module, known: tuple[type[nn.Module], ...]) -> bool:
+    """Whether the forward pass is one of these classes': a subclass may standardise its weight or add an activation."""
+    return any(type(module).forward is cls.forward for cls in known)
+
+
 def _norm_kind(module: nn.Module) -> Kind | None:
     if isinstance(module, _BatchNorm):
-        own = hasattr(module, "layout")  # updp's own batch norm works in either layout
-        fixed = module.running_mean is not None
-        return Kind("batchnorm", None if own else "first", _batchnorm) if fixed else Kind("norm")
+        own = isinstance(module, BatchNorm)  # works in either layout
+        fixed = module.running_mean is not None and _computes_as(module, _BATCHNORMS)
+        layout: Layout | None = None if own else "first"
+        return Kind("batchnorm", layout, _batchnorm) if fixed else Kind("norm", layout)
     if isinstance(module, _NORMS_FIRST):
         return Kind("norm", "first")
     if isinstance(module, _NORMS_LAST):

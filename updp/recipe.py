@@ -129,7 +129,10 @@ class _Draft:
         example = next((p for p in block.module.parameters()), torch.zeros(()))
         self.factory: dict[str, Any] = {"device": example.device, "dtype": example.dtype}
         for name, part in self.parts.items():
-            if isinstance(part, nn.Conv2d) and (padding := conv_padding(part)) is not None:
+            if kind_of(part).name == "conv":
+                assert isinstance(part, nn.Conv2d)
+                padding = conv_padding(part)
+                assert padding is not None
                 self.geometry[name] = Geometry((part.stride[0], part.stride[1]), padding)
 
     def problem(self, place: Place | None, message: str) -> SpecError:
