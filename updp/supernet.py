@@ -181,7 +181,7 @@ class Supernet(nn.Module):
         """Estimate the statistics of the norms that the current subnet's pruned flows own.
 
         Block after block: a block's norms are averaged over all batches, in at least float32, before the next
-        block sees its output. Baseline buffers are never written.
+        block sees its output. At any blend. Baseline buffers are never written.
         """
         images = list(batches)
         with evaluating(self.model), torch.no_grad(), torch.autocast(_device_type(self), enabled=False):
@@ -190,7 +190,7 @@ class Supernet(nn.Module):
                 if norms:
                     with estimating(norms):
                         for batch in images:
-                            _run_until(self.model, block, batch)
+                            _feed_pruned(self.model, block, batch)
 
     # --- towards one subnet ---
 
@@ -268,18 +268,21 @@ def estimating(norms: Sequence[_BatchNorm]) -> Iterator[None]:
             norm.eval()
 
 
-class _Reached(Exception):
-    """Stops a forward pass behind the block that was asked for."""
+class _Fed(Exception):
+    """Stops a forward pass at the block that was asked for."""
 
 
-def _run_until(model: nn.Module, block: nn.Module, x: Tensor) -> None:
-    def stop(module: nn.Module, args: object, output: object) -> None:
-        raise _Reached
+def _feed_pruned(model: nn.Module, block: ChoiceBlock, x: Tensor) -> None:
+    """Run a block's pruned flow on what the network gives it: at blend 0 too, where its own forward leaves it out."""
 
-    handle = block.register_forward_hook(stop)
+    def feed(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        block.choices[block.active](args[0])
+        raise _Fed
+
+    handle = block.register_forward_pre_hook(feed)
     try:
         model(x)
-    except _Reached:
+    except _Fed:
         pass
     finally:
         handle.remove()
