@@ -19,6 +19,18 @@ from updp.recipe import prune
 from updp.spec import ArchSpec, Opaque, Recipe, list_specs, load_spec, parse_spec
 from updp.structure import BoundBlock, bind, create_model
 
+# Sizes that do not divide by the strides, not square; None where the network takes its own size only.
+ODD_SIZES = {
+    "convnext_digits": (3, 37, 45),
+    "convnext_tiny": (3, 97, 75),
+    "deit_digits": None,
+    "deit_tiny_patch16_224": None,
+    "mobilenetv2_100": (3, 97, 75),
+    "mobilenetv2_140": (3, 97, 75),
+    "resnet34": (3, 97, 75),
+    "tf_efficientnet_lite0": (3, 97, 75),
+}
+
 
 @functools.cache
 def spec_of(name: str) -> ArchSpec:

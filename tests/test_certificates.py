@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from networks import (
+    ODD_SIZES,
     Case,
     all_cases,
     merge_block,
@@ -39,17 +40,6 @@ KINDS_TIMES_RECIPES = {
 }
 CASES = all_cases()
 
-# Sizes that do not divide by the strides, not square; None where the network takes its own size only.
-ODD_SIZES = {
-    "convnext_digits": (3, 37, 45),
-    "convnext_tiny": (3, 97, 75),
-    "deit_digits": None,
-    "deit_tiny_patch16_224": None,
-    "mobilenetv2_100": (3, 97, 75),
-    "mobilenetv2_140": (3, 97, 75),
-    "resnet34": (3, 97, 75),
-    "tf_efficientnet_lite0": (3, 97, 75),
-}
 NETWORKS = [(name, recipe) for name in list_specs() for recipe in spec_of(name).recipes]
 
 
