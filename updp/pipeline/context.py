@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +24,8 @@ from updp.supernet import Supernet, build_supernet
 from updp.train import FitResult, Policy, create_accelerator, fit
 from updp.train.session import derive_seed
 
-_SCORING_BATCH = 128
+_LARGEST_BATCH = 128  # for scoring
+_BATCH_PIXELS = 1 << 20  # larger batches gain nothing on a CPU but page faults
 _WORKERS = 8  # processes that read images, at most; small sets are kept in memory instead
 _IN_MEMORY = 64  # pixels a side up to which images are read by the training process itself
 
@@ -128,7 +128,7 @@ class Context:
         """Batches of images to estimate norms with."""
         schedule = self.spec.schedule
         images = self.data.calibration(schedule.search.calibration_images, self.seed, held_out=schedule.held_out)
-        batches = loader(images, _SCORING_BATCH, train=False, workers=workers_for(self.spec))
+        batches = loader(images, _batch_for(self.spec), train=False, workers=workers_for(self.spec))
         return [x.to(self.accelerator.device) for x, _ in batches]
 
 
@@ -138,9 +138,13 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 def score(network: nn.Module, data: Data, watch: Watch, title: str, spec: ArchSpec) -> Score:
     """Accuracy on the validation images of a data set."""
     images = data.val()
-    batches = loader(images, _SCORING_BATCH, train=False, workers=workers_for(spec))
+    batches = loader(images, _batch_for(spec), train=False, workers=workers_for(spec))
     with watch.task(title, len(images)) as advance:
         return evaluate(network, batches, progress=advance)
+
+
+def _batch_for(spec: ArchSpec) -> int:
+    return max(1, min(_LARGEST_BATCH, _BATCH_PIXELS // (spec.input[1] * spec.input[2])))
 
 
 def workers_for(spec: ArchSpec) -> int:
@@ -179,8 +183,3 @@ def absolute(data: str) -> str:
         return f"{kind}{colon}{Path(path).expanduser().absolute()}"
     name, at, root = data.partition("@")
     return f"{name}{at}{Path(root).expanduser().absolute()}" if root and "://" not in root else data
-
-
-def plain(value: Any) -> Any:
-    """A frozen dataclass as JSON data."""
-    return value.to_json() if hasattr(value, "to_json") else dict(vars(value))

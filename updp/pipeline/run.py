@@ -14,7 +14,7 @@ from updp.pipeline.watch import Watch
 _WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
     "baseline": stages.baseline,
     "supernet": stages.supernet,
-    "search": stages.search,
+    "search": stages.find,
     "finetune": stages.finetune,
     "merge": finish.finish,
 }

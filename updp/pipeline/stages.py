@@ -20,7 +20,7 @@ from updp.files import sha256
 from updp.oracle import Score
 from updp.pipeline.context import Context, workers_for
 from updp.pipeline.prepare import model_with_weights
-from updp.search import CachedOracle, PrefixEvaluator, search_genetic
+from updp.search import CachedOracle, PrefixEvaluator, search
 from updp.supernet import Supernet
 from updp.train import Plain, Progressive, Sandwich
 
@@ -81,25 +81,27 @@ def supernet(context: Context) -> dict[str, Any]:
     return {**tops, "epochs": len(fitted.history), "seconds": time.perf_counter() - start, "history": fitted.history}
 
 
-def search(context: Context) -> dict[str, Any]:
+def find(context: Context) -> dict[str, Any]:
     """Find the best subnet with exactly so many pruned blocks, scored on held-out training images."""
     start, record = time.perf_counter(), context.run.record
     network = context.trained_supernet().to(context.accelerator.device).eval()
     evaluator = _evaluator(context, network)
-    oracle = CachedOracle(evaluator, context.run.file("search", "scores.jsonl"), _data_key(context))
+    file = context.run.file("search", "scores.jsonl") if context.is_main else None
+    oracle = CachedOracle(evaluator, file, _data_key(context))
+    choices = {name: network.default_choice(name, record.recipe) for name in network.available}
     settings = context.spec.schedule.search
-    candidates = {name: network.default_choice(name, record.recipe) for name in network.available}
-    with context.watch.task("search", settings.generations) as advance:
-        found = search_genetic(
-            oracle, context.spec.name, candidates, record.prune, settings, seed=context.seed,
-            progress=lambda generation: advance(generation),
+    with context.watch.task("search", settings.population * settings.generations) as advance:
+        found = search(
+            oracle, choices, record.prune, settings, context.seed, spec=context.spec.name,
+            on_generation=lambda generation: advance(generation.evaluations),
         )  # fmt: skip
     if context.is_main:
         found.best.save(context.run.file("search", "subnet.json"))
     return {
-        "best": {"top1": found.score.top1, "loss": found.score.loss}, "candidates_scored": oracle.scored,
-        "block_evaluations": evaluator.block_evaluations, "unshared_because": evaluator.reason,
-        "seconds": time.perf_counter() - start, "history": found.history,
+        "best": {"top1": found.score.top1, "loss": found.score.loss}, "candidates_scored": found.evaluations,
+        "block_evaluations": found.block_evaluations, "unshared_because": evaluator.reason,
+        "exhaustive": found.exhaustive, "seconds": time.perf_counter() - start,
+        "history": [vars(generation) for generation in found.history],
     }  # fmt: skip
 
 
