@@ -293,8 +293,9 @@ def fold_into(module: nn.Module, step: str, path: str, diagonal: Affine, inside:
         inside: the diagonal comes before the step; else behind it.
     """
     target = opaque_target(module, step, path)
-    form = kind_of(target).affine
-    if form is None:
+    kind = kind_of(target)
+    form = kind.affine
+    if form is None or not (kind.is_operator or kind.name == "batchnorm"):
         raise MergeError(f"{path} can take no norm: it is {type(target).__name__}")
     own = form(target, diagonal.out_channels).to(diagonal.weight.device)
     if inside and own.padding != NO_PADS and diagonal.bias is not None:
