@@ -7,6 +7,7 @@ is shallower, and is told when it costs more.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from updp.oracle import count_macs, flow_depth
 from updp.randomize import randomize
 from updp.recipe import prune
 from updp.spec import ArchSpec
-from updp.structure import BoundBlock, bind, create_model
+from updp.structure import BoundBlock, ExitHooks, bind, create_model
 
 TOLERANCE = 1e-12  # of max|block output|: sums of three branches may round differently
 DROP_RATE = 0.3
@@ -154,7 +155,7 @@ def check_conformance(block: BoundBlock, seed: int = 0) -> float:
         The largest relative difference.
 
     Raises:
-        SpecError: they differ; the message names the first step that does.
+        SpecError: they differ, or the structure does not run; the message names the first step that does not fit.
     """
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
@@ -165,7 +166,10 @@ def check_conformance(block: BoundBlock, seed: int = 0) -> float:
             _set_drop_rates(module, DROP_RATE)
         x = torch.randn(block.input_shape, generator=generator, dtype=torch.float64)
         expected = _seeded(seed, lambda: own(x.clone(), *block.args, **block.kwargs))  # noqa: B023
-        got = _seeded(seed, lambda: declared(x.clone()))  # noqa: B023
+        try:
+            got = _seeded(seed, lambda: declared(x.clone()))  # noqa: B023
+        except (RuntimeError, ValueError, IndexError, TypeError) as failure:
+            raise _does_not_run(block, x, failure) from None
         error = relative(got, expected)
         if not error <= TOLERANCE:
             raise _differs(block, x, training, error, seed)
@@ -215,6 +219,22 @@ def _differs(block: BoundBlock, x: Tensor, training: bool, error: float, seed: i
     return SpecError([Problem(block.group.place, where, message)])
 
 
+def _does_not_run(block: BoundBlock, x: Tensor, failure: Exception) -> SpecError:
+    """Say at which step the structure stops: channels or sizes that do not fit."""
+    declared = copy.deepcopy(block.flow)
+    entered: list[str] = []
+    left: list[str] = []
+    with ExitHooks() as hooks, contextlib.suppress(RuntimeError, ValueError, IndexError, TypeError), torch.no_grad():
+        for name, part in declared.named_parts.items():
+            hooks.before(part, lambda args, kwargs, name=name: entered.append(name))
+            hooks.after(part, lambda output, name=name: left.append(name))
+        declared(x)
+    inside = len(entered) > len(left)
+    place = f"at step {entered[-1]!r}" if inside else f"in a sum, behind step {left[-1]!r}" if left else "at its start"
+    message = f"does not run {place} of {block.name}: {str(failure).splitlines()[0]}"
+    return SpecError([Problem(block.group.place, f"structures.{block.group.structure}", message)])
+
+
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
     try:
         return module.get_submodule(path)
@@ -224,15 +244,14 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
 
 def _outputs(run: Callable[[], Tensor], parts: dict[str, nn.Module], seed: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    handles = [
-        part.register_forward_hook(lambda m, args, out, name=name: found.setdefault(name, _plain(out)) and None)
-        for name, part in parts.items()
-    ]
-    try:
+
+    def note(name: str, output: object) -> None:
+        found.setdefault(name, _plain(output))
+
+    with ExitHooks() as hooks:
+        for name, part in parts.items():
+            hooks.after(part, lambda output, name=name: note(name, output))
         _seeded(seed, run)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
@@ -304,6 +323,8 @@ def _check_claim(
             expected = plain.part(name)(applied, *args, **kwargs)
             expected = expected if inside else _apply(diagonal, expected, axis)
         except (RuntimeError, AssertionError, ValueError):
+            if shape == block.opaques[name][1]:
+                raise
             return  # a size that the step does not take
         claim = "enters" if inside else "leaves"
         where = f"structures.{block.group.structure}: {claim}"
