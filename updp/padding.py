@@ -106,10 +106,18 @@ def _wide(name: str, parts: Mapping[str, nn.Module]) -> bool:
 
 
 def _stride_must_move(convs: list[str], parts: Mapping[str, nn.Module], geometry: Mapping[str, Geometry]) -> bool:
-    """A stride stays where nothing behind it is wider than 1x1: moving it would only cost training compute."""
+    """A stride stays where nothing behind it is wider than 1x1: moving it would only cost training compute.
+
+    Raises:
+        MergeError: a 1x1 behind the stride pads: no padding in front gives an output of the same size.
+    """
     for i, name in enumerate(convs):
         if geometry[name].stride != (1, 1):
-            return any(_wide(later, parts) or geometry[later].padding != NO_PADS for later in convs[i + 1 :])
+            behind = convs[i + 1 :]
+            for later in behind:
+                if not _wide(later, parts) and geometry[later].padding != NO_PADS:
+                    raise MergeError(f"{later}, a padded 1x1 behind the strided {name}, cannot be merged with it")
+            return any(_wide(later, parts) for later in behind)
     return False
 
 

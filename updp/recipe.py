@@ -318,7 +318,7 @@ class _Draft:
         calls = [node.name for node in walk(tuple(chain)) if isinstance(node, Call)]
         operators = sum(kind_of(self.parts[name]).is_operator for name in calls)
         sums = any(isinstance(node, Parallel) for node in walk(tuple(chain)))
-        if self.touched.isdisjoint(calls) or operators + sums < 2:
+        if self.touched.isdisjoint(calls) or operators == 0 or operators + sums < 2:
             return chain
         return [Run(tuple(chain))]
 
@@ -337,6 +337,8 @@ class _Draft:
                 if not self.is_affine(node):
                     what = getattr(node, "name", None) or type(node).__name__
                     raise self.problem(place, f"merge: {what!r} between {names[0]!r} and {names[-1]!r} is not affine")
+            if not any(isinstance(n, Call) and kind_of(self.parts[n.name]).is_operator for n in walk(chain)):
+                raise self.problem(place, f"merge: no convolution or linear layer in {', '.join(names)}")
             return (*flow[: min(here)], Run(chain), *flow[max(here) + 1 :])
 
         wrapped = wrap(nodes)
