@@ -78,6 +78,20 @@ def test_every_merged_operator_is_exact_at_the_nominal_size(merged):
         assert relative(block.merged(x), block.source(x)) <= BOUND
 
 
+def test_shapes_are_known_without_values(merged):
+    """What counting and loading build: the same modules, with weights on the meta device."""
+    _, bound, block = merged
+    hollow, segments = merge_flow(block.source, bound.channels[0], claims_of(bound), values=False)
+    assert segments == block.segments
+    assert hollow.nodes == block.merged.nodes
+    assert {k: v.shape for k, v in hollow.state_dict().items()} == {
+        k: v.shape for k, v in block.merged.state_dict().items()
+    }
+    for segment in merged_ops(segments):
+        if not segment.name.startswith("fold."):
+            assert all(parameter.is_meta for parameter in hollow.part(segment.name).parameters())
+
+
 def test_a_mutated_tensor_fails_its_operators_certificate(merged):
     """One element off by 1e-6 of the tensor's largest: the certificate of that operator fails, no other does."""
     case, bound, block = merged

@@ -296,6 +296,34 @@ blocks:
     assert caught.value.problems[0].where == "recipes.bad"
 
 
+NORMS = """
+version: 1
+model: {timm: resnet18}
+input: [3, 33, 33]
+structures:
+  norms: [{sum: [[bn1, act1], []], as: one}, {sum: [[bn2], []], as: two}, act2, conv1]
+recipes:
+  all: {replace: {act1: identity}, append: [relu]}
+  named: {replace: {act1: identity}, append: [relu], merge: [[one, two]]}
+blocks:
+  - {match: layer2.1, structure: norms, recipes: [all, named]}
+"""
+
+
+def test_norms_alone_are_no_run():
+    """Without a convolution or linear layer there is nothing that could become one operator."""
+    spec = parse(NORMS)
+    block = blocks_of(spec)["layer2.1"]
+    flow = prune(block, spec.recipes["all"])
+    assert not any(isinstance(node, Run) for node in walk(flow.nodes))
+    x = random_input(block)
+    merged, _ = merge_flow(flow.eval(), 128)
+    with torch.no_grad():
+        assert torch.allclose(merged(x), flow(x), rtol=1e-12, atol=1e-12)
+    with pytest.raises(SpecError, match="no convolution or linear layer in one, two"):
+        prune(block, spec.recipes["named"])
+
+
 def test_a_run_that_the_recipe_left_alone_stays():
     """`merge: all` merges what the recipe touched: the second branch is as it was."""
     spec = parse(
@@ -668,3 +696,14 @@ def test_slices_merge_in_place_and_indices_stay(pruned):
         assert after[first:end] == expected
     if "conv1[3:7]" in pruned:
         assert geometry(network.conv1[3].part("merged.0")) == ((5, 5), (1, 1), (2, 2, 2, 2))
+
+
+def test_a_padded_1x1_behind_a_stride_is_refused():
+    """Its padding adds to the output's size; no padding in front of the stride does."""
+    spec = parse(DEEP_STEM)
+    model = create_model(spec, seed=0)
+    model.conv1[3].stride = (2, 2)
+    model.conv1[6] = nn.Conv2d(32, 64, 1, padding=1)
+    block = bind(spec, model)["conv1[3:7]"]
+    with pytest.raises(MergeError, match="3, a padded 1x1 behind the strided 0"):
+        prune(block, spec.recipes["two"])

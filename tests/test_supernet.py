@@ -277,6 +277,15 @@ def test_merged_modules_keep_their_dtype(name, dtype):
     assert not {id(p) for p in network.parameters()} & {id(p) for p in supernet.parameters()}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_merged_modules_keep_their_device():
+    supernet = supernet_of("deit_digits").cuda()
+    supernet.set_subnet(supernet.all_pruned())
+    network, certificate = merge(supernet)
+    assert certificate.ok, certificate.failures()
+    assert {p.device.type for p in network.parameters()} == {"cuda"}
+
+
 def test_merging_after_the_baseline_is_gone_gives_the_same_network():
     supernet = supernet_of("convnext_digits")
     config = supernet.configure(list(supernet.available)[:4], "full")
