@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch import nn
 
 from updp.artefact import load_weights
@@ -18,7 +18,7 @@ from updp.data import Data
 from updp.errors import InputError, Place, Problem, suggest
 from updp.files import sha256
 from updp.measure import environment
-from updp.pipeline.context import absolute, open_for, start
+from updp.pipeline.context import absolute, open_for
 from updp.pipeline.directory import RunDirectory, RunRecord
 from updp.pipeline.settings import resolve, split_settings
 from updp.pipeline.watch import Watch
@@ -27,7 +27,7 @@ from updp.spec import ArchSpec, load_spec
 from updp.structure import create_model
 from updp.subnet import SubnetConfig
 from updp.supernet import Supernet, build_supernet
-from updp.train.factory import make_optimizer, make_scheduler
+from updp.train.factory import PRECISIONS, make_optimizer, make_scheduler
 
 DEVICES = ("auto", "cpu", "cuda")
 _MOST_THREADS = 1024
@@ -84,8 +84,8 @@ def prepare(request: Request, watch: Watch | None = None) -> RunDirectory:
     with found.part():
         existing = _existing(request.out)
     found.check()
-    accelerator = _start(request, existing)
-    record, subnet = _examine(request, spec, settings, accelerator, found)
+    processes, device, precision = _start(request, existing)
+    record, subnet = _examine(request, spec, settings, (device, precision), found)
     if existing is not None:
         if differences := existing.record.differences(record):
             place = Place(str(request.out))
@@ -93,9 +93,9 @@ def prepare(request: Request, watch: Watch | None = None) -> RunDirectory:
         return existing
     with (watch or Watch()).task("checking", None):
         check_spec(spec)
-    if accelerator.is_main_process:
+    if processes.is_main_process:
         RunDirectory.create(request.out, record, spec, subnet)
-    accelerator.wait_for_everyone()
+    processes.wait_for_everyone()
     return RunDirectory.open(request.out)
 
 
@@ -110,12 +110,15 @@ def _existing(out: Path) -> RunDirectory | None:
     return None
 
 
-def _start(request: Request, existing: RunDirectory | None) -> Accelerator:
+def _start(request: Request, existing: RunDirectory | None) -> tuple[PartialState, str, str]:
+    """This process's place among all, the device and the precision; sets the number of threads."""
     record = None if existing is None else existing.record
+    precision = request.precision or (record.precision if record else "no")
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision: {suggest(precision, PRECISIONS)}")
     threads = request.threads or (record.threads if record else None)
     device = choose_device(request.device or (record.device if record else "auto"), threads)
-    precision = request.precision or (record.precision if record else "no")
-    return start(device, precision, torch.get_num_threads())
+    return PartialState(cpu=device == "cpu"), device, precision
 
 
 def choose_device(name: str, threads: int | None) -> str:
@@ -136,7 +139,7 @@ def choose_device(name: str, threads: int | None) -> str:
 
 
 def _examine(
-    request: Request, spec: ArchSpec, settings: Sequence[str], accelerator: Accelerator, found: _Findings
+    request: Request, spec: ArchSpec, settings: Sequence[str], where: tuple[str, str], found: _Findings
 ) -> tuple[RunRecord, SubnetConfig | None]:
     """Check all parts against each other; report their problems together."""
     data: Data | None = None
@@ -159,10 +162,10 @@ def _examine(
     record = RunRecord(
         spec=spec.name, spec_hash=spec.hash, data=absolute(request.data), num_classes=_num_classes(model),
         prune=prune, recipe=request.recipe, settings=tuple(split_settings(settings)[1]),
-        seed=spec.schedule.seed, threads=torch.get_num_threads(), device=accelerator.device.type,
-        precision=str(accelerator.mixed_precision), weights=weights or None,
+        seed=spec.schedule.seed, threads=torch.get_num_threads(), device=where[0],
+        precision=where[1], weights=weights or None,
         subnet=None if subnet is None else dict(subnet.choices), blocks=tuple(_blocks(supernet)),
-        environment=environment(),
+        environment=environment(where[0]),
     )  # fmt: skip
     return record, subnet
 
