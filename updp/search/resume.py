@@ -1,0 +1,173 @@
+"""Running a stretch of a model, from the output of one block to the output of another.
+
+Nothing is known about the model but its modules. Its forward is run as it is, while the modules in front of the
+stretch are replaced by placeholders of the recorded shapes, filled with NaN, so that anything that reaches the result
+by another way than through the blocks (a skip connection over them, say) shows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_Handler = Callable[[nn.Module, Callable[..., Any], Any, Any], Any]
+
+
+class UnresumableError(Exception):
+    """The model cannot be entered between its blocks; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """One forward pass at one input shape: the units called, what stands in for their outputs, where the blocks are."""
+
+    units: tuple[nn.Module, ...]
+    placeholders: tuple[Any, ...]
+    at: tuple[int, ...]
+
+
+class _Reached(Exception):
+    """Ends a forward pass behind the last block that was asked for."""
+
+
+class StretchRunner:
+    """Runs stretches of a model between blocks that are called one after the other.
+
+    Positions count blocks: position 0 is the model's input, position i the output of the i-th block. A unit is a block
+    or a largest module that neither contains nor lies inside a block.
+
+    Args:
+        inputs: an input of every shape that will be run. The model is run on each once, now: later its norms may be
+            estimating.
+
+    Attributes:
+        order: the blocks' names in that order.
+
+    Raises:
+        UnresumableError: a block is not called exactly once, or does not return one tensor.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], inputs: Iterable[Tensor]) -> None:
+        self._model = model
+        self._names = {id(block): name for name, block in blocks.items()}
+        self._units = list(_units(model, list(blocks.values())))
+        self._recordings: dict[Any, _Recording] = {}
+        for images in inputs:
+            if _shape(images) not in self._recordings:
+                self._recordings[_shape(images)] = self._record(images)
+        orders = {tuple(self._names[id(r.units[i])] for i in r.at) for r in self._recordings.values()}
+        if len(orders) > 1:
+            raise UnresumableError("the order of the blocks depends on the shape of the input")
+        self.order = orders.pop()
+        for name in blocks:
+            if (times := self.order.count(name)) != 1:
+                raise UnresumableError(f"block {name} is called {times} times in one forward pass")
+
+    def run(self, images: Tensor, given: Tensor | None, start: int, stop: int | None = None) -> Tensor:
+        """The stretch from position ``start`` to position ``stop``, or to the model's output.
+
+        Args:
+            images: the model's input; behind position 0 only its shape matters.
+            given: the activation at ``start``, which may be changed in place. Not used at position 0.
+
+        Raises:
+            UnresumableError: the model did not call its modules in the recorded order.
+        """
+        recording = self._recordings[_shape(images)]
+        entry = recording.at[start - 1] if start else -1
+        leave = None if stop is None else recording.at[stop - 1]
+        cursor = -1
+        reached: list[Tensor] = []
+
+        def called(unit: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            nonlocal cursor
+            cursor += 1
+            if cursor >= len(recording.units) or recording.units[cursor] is not unit:
+                raise UnresumableError("the model did not call its modules in the recorded order")
+            if cursor <= entry:
+                return given if cursor == entry else recording.placeholders[cursor]
+            out = forward(*args, **kwargs)
+            if cursor == leave:
+                reached.append(out)
+                raise _Reached
+            return out
+
+        with self._calls_go_to(called), suppress(_Reached):
+            reached.append(self._model(images))
+        return reached[0]
+
+    def _record(self, images: Tensor) -> _Recording:
+        units: list[nn.Module] = []
+        placeholders: list[Any] = []
+
+        def called(unit: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            if id(unit) in self._names and not isinstance(out, Tensor):
+                raise UnresumableError(f"block {self._names[id(unit)]} returns {type(out).__name__}, not one tensor")
+            units.append(unit)
+            placeholders.append(_placeholder(out))
+            return out
+
+        with self._calls_go_to(called):
+            self._model(images)
+        at = tuple(i for i, unit in enumerate(units) if id(unit) in self._names)
+        return _Recording(tuple(units), tuple(placeholders), at)
+
+    @contextmanager
+    def _calls_go_to(self, handler: _Handler) -> Iterator[None]:
+        """Inside, every call of a unit goes to ``handler(unit, the unit's forward, args, kwargs)``."""
+        before = [unit.__dict__.get("forward") for unit in self._units]
+        for unit in self._units:
+            unit.__dict__["forward"] = _redirected(handler, unit, unit.forward)
+        try:
+            yield
+        finally:
+            for unit, forward in zip(self._units, before, strict=True):
+                del unit.__dict__["forward"]
+                if forward is not None:
+                    unit.__dict__["forward"] = forward
+
+
+def _shape(images: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return images.shape, images.dtype
+
+
+def _redirected(handler: _Handler, unit: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: handler(unit, forward, args, kwargs)
+
+
+def _units(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """The blocks, and the largest modules that are not in a block, hold none, and can be called."""
+    inside = {id(module) for block in blocks for module in block.modules()}
+    tops = {id(block) for block in blocks}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module) -> Iterator[nn.Module]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        divided = isinstance(module, nn.ModuleList | nn.ModuleDict) or any(id(m) in inside for m in module.modules())
+        if id(module) in tops or not divided:
+            yield module
+        elif id(module) not in inside:
+            for child in module.children():
+                yield from visit(child)
+
+    yield from visit(model)
+
+
+def _placeholder(value: Any) -> Any:
+    """Something of the same type and shape that takes no memory and shows wherever it is used: NaN, strides 0."""
+    if isinstance(value, Tensor):
+        fill = float("nan") if value.is_floating_point() or value.is_complex() else 0
+        return torch.full((), fill, dtype=value.dtype, device=value.device).expand(value.shape)
+    if type(value) in (tuple, list):
+        return type(value)(_placeholder(item) for item in value)
+    if type(value) is dict:
+        return {key: _placeholder(item) for key, item in value.items()}
+    return value
