@@ -148,7 +148,8 @@ def certificate() -> dict[str, Any]:
     ops = [
         {
             "block": block,
-            "op": "conv_dw+mlp.fc1+mlp.fc2" if choice == "full" else "mlp.fc1+mlp.fc2",
+            "op": "merged.0",
+            "steps": ["conv_dw", "norm", "mlp.fc1", "mlp.fc2"] if choice == "full" else ["mlp.fc1", "mlp.fc2"],
             "error": (index + 1.3) * 1.1e-16,
             "ring": (index + 2.1) * 1.2e-16,
             "interior": (index + 1.1) * 1.1e-16,

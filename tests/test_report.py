@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from fake_run import BLOCKS, CHOICES, PRUNED, STAGES, change, write_json, write_run
+from fake_run import BLOCKS, CHOICES, PRUNED, STAGES, certificate, change, write_json, write_run
 
 from updp.errors import InputError
 from updp.report import charts, report, words
@@ -133,6 +133,7 @@ def test_the_network_is_drawn_in_order_with_its_choices(full):
         len(page.all("rect", **{"class": "gone"})) == len(PRUNED) + 1 + 1
     )  # one each, two of "full", one in the legend
     assert "norm becomes batchnorm" in page.text
+    assert "merged: conv_dw + norm + mlp.fc1 + mlp.fc2" in page.all("li", **{"class": "block pruned"})[1]["title"]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +166,11 @@ def test_a_certificate_that_fails_is_seen(full):
     assert "3.1e-1" in text
 
 
+def test_a_certificate_on_random_weights_counts_too(full):
+    change(full / "merge" / "result.json", certificate_random={**certificate(), "ok": False})
+    assert "✗ not met" in page_of(full)
+
+
 def test_a_given_subnet_leaves_stages_out(tmp_path):
     run = write_run(tmp_path / "run")
     for stage in ("supernet", "search"):
@@ -179,7 +185,8 @@ def test_a_given_subnet_leaves_stages_out(tmp_path):
 def test_hostile_text_stays_text(full):
     change(full / "run.json", data=HOSTILE, environment={HOSTILE: HOSTILE, "half": "\ud800"})
     merge = json.loads((full / "merge" / "result.json").read_text())
-    merge["block_latency"][0]["block"] = merge["certificate"]["ops"][0]["op"] = HOSTILE
+    merge["block_latency"][0]["block"] = HOSTILE
+    merge["certificate"]["ops"][0]["steps"] = [HOSTILE]
     merge["latency"]["rows"][0]["name"] = HOSTILE
     write_json(full / "merge" / "result.json", merge)
     text = page_of(full)
@@ -250,7 +257,12 @@ def test_a_changed_spec_is_refused(full):
 
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (95.9, 98.6, [95, 96, 97, 98, 99]), (0.03, 1.8, [0, 0.5, 1, 1.5, 2])],
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (95.9, 98.6, [95, 96, 97, 98, 99]),
+        (0.03, 1.8, [0, 0.5, 1, 1.5, 2]),
+        (98.438, 98.438, [98.4, 98.6]),
+    ],
 )
 def test_ticks_are_round(low, high, ticks):
     assert charts.nice_ticks(low, high) == ticks
@@ -294,3 +306,17 @@ def test_tick_labels_tell_ticks_apart():
 )
 def test_numbers_in_words(shown, text):
     assert shown == text
+
+
+def test_a_single_epoch_is_a_dot_in_the_middle():
+    chart = charts.line_chart("loss", "epoch", "loss", [charts.Series("loss", "a", [(1, 0.4)])])
+    assert [tick.label for tick in chart.x_ticks] == ["1"]
+    assert [dot.x for dot in chart.lines[0].dots] == [(charts.LEFT + charts.RIGHT) / 2]
+
+
+def test_long_histories_have_few_markers_but_all_points():
+    points = [(epoch, 1 / epoch) for epoch in range(1, 451)]
+    line = charts.line_chart("loss", "epoch", "loss", [charts.Series("loss", "a", points)]).lines[0]
+    assert line.path.count("L") == 449
+    assert len(line.dots) <= 61
+    assert line.dots[-1].title == "loss, epoch 450: 0.0022222"

@@ -115,7 +115,7 @@ class Measured:
 def nice_ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
     """About ``count`` round numbers that enclose ``low`` to ``high``, a step of 1, 2 or 5 times ten^n apart."""
     low, high = min(low, high), max(low, high)
-    floor = 1.0 if whole else max(abs(low), abs(high), 1e-12) * 1e-4  # equal values still get an axis
+    floor = 1.0 if whole else max(abs(low), abs(high), 1e-12) * 1e-2  # an axis does not blow up rounding
     span = max(high - low, floor)
     power = 10.0 ** math.floor(math.log10(span / count))
     step = next((m * power for m in (1, 2, 5) if m * power * count >= span * 0.999), 10 * power)
@@ -154,7 +154,8 @@ def line_chart(
     ys = [*(y for line in lines for _, y in line.points), *(y for _, y in marks), *(y_range or ())]
     x_values, y_values = nice_ticks(min(xs), max(xs), whole=True), nice_ticks(min(ys), max(ys))
     # x counts epochs or generations: ticks are whole numbers, and there is no air beyond the last of them
-    frame = _Frame(min(xs), max(max(xs), min(xs) + 1), y_values[0], y_values[-1])
+    air = 0 if min(xs) < max(xs) else 1
+    frame = _Frame(min(xs) - air, max(xs) + air, y_values[0], y_values[-1])
     return LineChart(
         title=title,
         x_label=x_label,
@@ -163,7 +164,7 @@ def line_chart(
         x_ticks=[
             Tick(frame.x(x), label)
             for x, label in zip(x_values, tick_labels(x_values), strict=True)
-            if frame.x_low <= x <= frame.x_high
+            if min(xs) <= x <= max(xs)
         ],
         y_ticks=[Tick(frame.y(y), label) for y, label in zip(y_values, tick_labels(y_values), strict=True)],
         lines=[_draw(line, x_label, frame) for line in lines],

@@ -82,8 +82,13 @@ def _depths(side: Record) -> dict[str, int]:
 def _merged_ops(run: Run) -> dict[str, list[str]]:
     ops: dict[str, list[str]] = {}
     for op in run.stage("merge").record("certificate").records("ops"):
-        ops.setdefault(op.text("block") or "?", []).append(op.text("op") or "?")
+        ops.setdefault(op.text("block") or "?", []).append(op_name(op))
     return ops
+
+
+def op_name(op: Record) -> str:
+    """A merged operator by what it was merged from, or by its place in the merged network."""
+    return " + ".join(op.texts("steps")) or op.text("op") or "?"
 
 
 def recipes(run: Run) -> list[tuple[str, str]]:

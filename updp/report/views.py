@@ -11,7 +11,8 @@ Keys that the page reads; all may be missing:
   ``exhaustive, seconds, history [{generation, best, mean}]``; ``search/subnet.json`` beside it.
 - ``finetune/result.json``: as ``baseline``, with ``blend`` in its history.
 - ``merge/result.json``: ``top1_unmerged, top1, seconds``,
-  ``certificate {ok, ops [{block, op, error, ring, interior, bound, ok}], blocks {name: error}, logits, float32}``,
+  ``certificate {ok, ops [{block, steps, op, error, ring, interior, bound, ok}], blocks {name: error}, logits``,
+  ``float32}``,
   ``certificate_random`` of the same form, ``before`` and ``after {macs, params, depth, blocks [{name, depth}]}``,
   ``latency {environment, rows [ROW]}``, ``block_latency [{block, choice, before ROW, after ROW}]``, where
   ROW is ``{name, median_ms, low_ms, high_ms}``.
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 
 from updp.report import words
 from updp.report.figures import BASELINE, MERGED, network_latency
+from updp.report.network import op_name
 from updp.report.read import STAGES, Record, Run
 from updp.spec import ArchSpec
 
@@ -147,7 +149,7 @@ def certificate(run: Run) -> CertificateView | None:
     rows = [
         OpRow(
             op.text("block") or "?",
-            op.text("op") or "?",
+            op_name(op),
             [words.scientific(op.number(key)) for key in ("error", "ring", "interior", "bound")],
             op.flag("ok"),
         )
@@ -155,7 +157,8 @@ def certificate(run: Run) -> CertificateView | None:
     ]
     random = run.stage("merge").record("certificate_random")
     facts = [(name, _worst(found, random, pick)) for name, pick in _WORST]
-    return CertificateView(found.flag("ok"), bool(random), facts, rows)
+    ok = False if random.flag("ok") is False else found.flag("ok")  # both must hold
+    return CertificateView(ok, bool(random), facts, rows)
 
 
 def _op_errors(found: Record) -> list[float | None]:
