@@ -16,7 +16,7 @@ PACKAGE = ROOT / "updp"
 # Rooms by floor. A room imports rooms of lower floors, and of its own floor those that stand before it.
 FLOORS = {
     0: ["updp", "errors", "frozen", "files"],
-    1: ["spec", "subnet", "measure", "ops", "affine", "layers", "kinds", "flow", "randomize"],
+    1: ["spec", "subnet", "measure", "ops", "affine", "layers", "kinds", "flow", "hooks", "randomize"],
     2: ["structure", "padding", "recipe", "data"],
     3: ["supernet", "merging", "certificate", "graph", "oracle", "conformance", "artefact"],
     4: ["search", "train", "calibrate", "draft", "deploy", "exporting", "bench", "zoo"],

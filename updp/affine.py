@@ -13,6 +13,7 @@ over the taps that lie on the map) where that is exact, or raises `MergeError`. 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -216,34 +217,33 @@ def _check_sees_only_zeros(outer: Affine, inner: Affine) -> None:
 
 def _contract(outer: Affine, inner: Affine) -> tuple[Tensor, int, Pair]:
     """The composed weight, its groups and its dilation."""
-    step = tuple(s * d for s, d in zip(inner.stride, outer.dilation, strict=True))
+    dilation = _common_dilation(outer, inner)
     if outer.depthwise and inner.depthwise:
         weight = depthwise_compose(outer.weight[:, 0], inner.weight[:, 0], inner.stride, inner.dilation, outer.dilation)
-        groups = outer.out_channels
-        dilation = _common_dilation(outer, inner)
-        return weight[:, None], groups, dilation
-    dilation = _common_dilation(outer, inner)
-    size = [
-        (i + (k - 1) * st) // d + 1 for i, k, st, d in zip(inner.span, outer.kernel_size, step, dilation, strict=True)
-    ]
-    groups = (
-        inner.groups if outer.depthwise else outer.groups if inner.depthwise else math.gcd(outer.groups, inner.groups)
-    )
-    weight = outer.weight.new_zeros(outer.out_channels, inner.in_channels // groups, size[0], size[1])
-    rows, columns = inner.kernel_size
-    stride_in = (inner.dilation[0] // dilation[0] or 1, inner.dilation[1] // dilation[1] or 1)
+        return weight[:, None], outer.out_channels, dilation
+    groups = _composed_groups(outer, inner)
+    # One tap of the outer weight spreads the inner weight over a lattice of the composed one.
+    step = [s * d // g for s, d, g in zip(inner.stride, outer.dilation, dilation, strict=True)]
+    apart = [max(d // g, 1) for d, g in zip(inner.dilation, dilation, strict=True)]
+    reach = [(k - 1) * a + 1 for k, a in zip(inner.kernel_size, apart, strict=True)]
+    size = [(k - 1) * s + r for k, s, r in zip(outer.kernel_size, step, reach, strict=True)]
+    weight = outer.weight.new_zeros(outer.out_channels, inner.in_channels // groups, *size)
     product = _products(outer, inner, groups)
     for y in range(outer.kernel_size[0]):
+        rows = slice(y * step[0], y * step[0] + reach[0], apart[0])
         for x in range(outer.kernel_size[1]):
-            top, left = y * step[0] // dilation[0], x * step[1] // dilation[1]
-            window = weight[
-                :,
-                :,
-                top : top + (rows - 1) * stride_in[0] + 1 : stride_in[0],
-                left : left + (columns - 1) * stride_in[1] + 1 : stride_in[1],
-            ]
-            window += product(y, x)
+            columns = slice(x * step[1], x * step[1] + reach[1], apart[1])
+            weight[:, :, rows, columns] += product(y, x)
     return weight, groups, dilation
+
+
+def _composed_groups(outer: Affine, inner: Affine) -> int:
+    """A depthwise operator keeps the other's groups."""
+    if outer.depthwise:
+        return inner.groups
+    if inner.depthwise:
+        return outer.groups
+    return math.gcd(outer.groups, inner.groups)
 
 
 def _common_dilation(outer: Affine, inner: Affine) -> Pair:
@@ -256,7 +256,7 @@ def _common_dilation(outer: Affine, inner: Affine) -> Pair:
     return (out[0], out[1])
 
 
-def _products(outer, inner, groups):  # type: ignore[no-untyped-def]
+def _products(outer: Affine, inner: Affine, groups: int) -> Callable[[int, int], Tensor]:
     """A function (y, x) -> the inner weight seen through tap (y, x) of the outer one, ``(O, I/groups, kh, kw)``."""
     if outer.depthwise:
         return lambda y, x: outer.weight[:, :, y, x, None, None] * inner.weight
@@ -352,8 +352,6 @@ def _union_geometry(first: Affine, second: Affine) -> tuple[Pair, Pads, Pair]:
         sizes.append((lead + last) // dilation + 1)
         pads += [lead, growth[0] + last]
         dilations.append(dilation)
-    if min(pads) < 0:
-        raise MergeError("the branches of a sum need negative padding")
     return (sizes[0], sizes[1]), (pads[0], pads[1], pads[2], pads[3]), (dilations[0], dilations[1])
 
 

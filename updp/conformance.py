@@ -21,13 +21,14 @@ from updp import spec as language
 from updp.certificate import BOUND, OpRecord, certify_block, relative
 from updp.errors import CertificateError, MergeError, Problem, SpecError
 from updp.flow import Call, walk
+from updp.hooks import Hooks
 from updp.kinds import kind_of
 from updp.merging import MergedBlock, claims_of, fold_into, merge_flow
 from updp.oracle import count_macs, flow_depth
 from updp.randomize import randomize
 from updp.recipe import prune
 from updp.spec import ArchSpec
-from updp.structure import BoundBlock, ExitHooks, bind, create_model
+from updp.structure import BoundBlock, bind, create_model
 
 TOLERANCE = 1e-12  # of max|block output|: sums of three branches may round differently
 DROP_RATE = 0.3
@@ -224,7 +225,7 @@ def _does_not_run(block: BoundBlock, x: Tensor, failure: Exception) -> SpecError
     declared = copy.deepcopy(block.flow)
     entered: list[str] = []
     left: list[str] = []
-    with ExitHooks() as hooks, contextlib.suppress(RuntimeError, ValueError, IndexError, TypeError), torch.no_grad():
+    with Hooks() as hooks, contextlib.suppress(RuntimeError, ValueError, IndexError, TypeError), torch.no_grad():
         for name, part in declared.named_parts.items():
             hooks.before(part, lambda args, kwargs, name=name: entered.append(name))
             hooks.after(part, lambda output, name=name: left.append(name))
@@ -248,7 +249,7 @@ def _outputs(run: Callable[[], Tensor], parts: dict[str, nn.Module], seed: int) 
     def note(name: str, output: object) -> None:
         found.setdefault(name, _plain(output))
 
-    with ExitHooks() as hooks:
+    with Hooks() as hooks:
         for name, part in parts.items():
             hooks.after(part, lambda output, name=name: note(name, output))
         _seeded(seed, run)

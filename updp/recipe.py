@@ -318,7 +318,8 @@ class _Draft:
         calls = [node.name for node in walk(tuple(chain)) if isinstance(node, Call)]
         operators = sum(kind_of(self.parts[name]).is_operator for name in calls)
         sums = any(isinstance(node, Parallel) for node in walk(tuple(chain)))
-        if self.touched.isdisjoint(calls) or operators == 0 or operators + sums < 2:
+        touched = self.recipe.kind == "reparam" or not self.touched.isdisjoint(calls)
+        if not touched or operators == 0 or operators + sums < 2:
             return chain
         return [Run(tuple(chain))]
 

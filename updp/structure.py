@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from updp import spec as language
 from updp.errors import Place, Problem, SpecError, suggest
 from updp.flow import Across, Call, FlowModule, Node, Nodes, Parallel
+from updp.hooks import Hooks, resolve
 from updp.kinds import kind_of, scale_parameter
 from updp.layers import Layout, Negate, Scale
 from updp.spec import ArchSpec, BlockGroup
@@ -208,7 +209,7 @@ def _record_calls(
         if name in calls and isinstance(output, Tensor):
             calls[name].output_shape = tuple(output.shape)
 
-    with ExitHooks() as hooks:
+    with Hooks() as hooks:
         for name, module in modules.items():
             first = module[0] if _SLICE.match(name) else module  # type: ignore[index]
             last = module[-1] if _SLICE.match(name) else module  # type: ignore[index]
@@ -232,42 +233,6 @@ def _record_calls(
     return calls
 
 
-class ExitHooks:
-    """Forward hooks that are gone afterwards, methods of blocks included."""
-
-    def __enter__(self) -> ExitHooks:
-        self._undo: list[Any] = []
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for undo in reversed(self._undo):
-            undo()
-
-    def before(self, module: nn.Module, call: Any) -> None:
-        handle = module.register_forward_pre_hook(lambda m, args, kwargs: call(args, kwargs), with_kwargs=True)
-        self._undo.append(handle.remove)
-
-    def after(self, module: nn.Module, call: Any) -> None:
-        handle = module.register_forward_hook(lambda m, args, output: call(output))
-        self._undo.append(handle.remove)
-
-    def step(self, block: nn.Module, path: str, call: Any) -> None:
-        try:
-            target = _resolve(block, path)
-        except AttributeError:
-            return  # reported when the step is bound
-        if isinstance(target, nn.Module):
-            self.before(target, call)
-        elif callable(target):
-
-            def wrapped(*args: Any, **kwargs: Any) -> Any:
-                call(args, kwargs)
-                return target(*args, **kwargs)
-
-            object.__setattr__(block, path, wrapped)
-            self._undo.append(lambda: object.__delattr__(block, path))
-
-
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Eval mode inside, every module's own mode afterwards."""
@@ -283,14 +248,6 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 def _opaques(flow: language.Flow) -> Iterator[language.Opaque]:
     return (node for node in language.walk(flow) if isinstance(node, language.Opaque))
-
-
-def _resolve(block: nn.Module, path: str) -> Any:
-    """The submodule, parameter or method at a path."""
-    target: Any = block
-    for name in path.split("."):
-        target = getattr(target, name)
-    return target
 
 
 class _Binder:
@@ -327,7 +284,7 @@ class _Binder:
 
     def module(self, path: str, opaque: bool) -> nn.Module | None:
         try:
-            target = _resolve(self.block, path)
+            target = resolve(self.block, path)
         except AttributeError:
             return None
         if isinstance(target, nn.Parameter):

@@ -14,8 +14,6 @@ from updp.subnet import SubnetConfig
 from updp.supernet import Supernet
 from updp.train.session import Session, derive_seed
 
-_FIRST_BLEND = 1e-6  # at exactly 0 pruned flows do not run, and their norms would see nothing
-
 
 class Policy:
     """Hooks of the loop. As they stand here: one ordinary pass per step.
@@ -173,12 +171,7 @@ class Progressive(Policy):
         return any(swapped)
 
     def _calibrate(self, session: Session) -> None:
-        networks = cast(list[Supernet], session.networks())
-        for network in networks:
-            network.set_blend(max(self.blend, _FIRST_BLEND))
         session.calibrate(self.calibration)
-        for network in networks:
-            network.set_blend(self.blend)
 
 
 def blend_at(position: float, epochs: int, settings: BlendSettings) -> float:
