@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from updp.errors import InputError
 from updp.oracle import Score
-from updp.search import CachedOracle, PrefixEvaluator, count_block_evaluations, operators, prefix, search
+from updp.search import (
+    CachedOracle,
+    PrefixEvaluator,
+    count_block_evaluations,
+    operators,
+    planned_evaluations,
+    prefix,
+    search,
+)
 from updp.spec import SearchSettings, load_spec
 from updp.subnet import SubnetConfig
 from updp.supernet import Supernet, build_supernet, estimating
@@ -89,6 +97,7 @@ def test_default_settings_find_the_optimum_of_any_oracle_up_to_12_blocks() -> No
             assert result.exhaustive
             assert (result.score.top1, -result.score.loss) == table.optimum(k), (n, k)
             assert result.block_evaluations["shared"] <= 32 * 10 * n
+            assert result.evaluations == planned_evaluations(n, k, SearchSettings()) == math.comb(n, k)
             cases += 1
     assert cases == 90
 
@@ -97,7 +106,7 @@ def test_a_large_space_is_searched_within_the_budget() -> None:
     table = oracle("interacting", 18, seed=3)
     result = search(table, names(18), 9, SMALL, seed=0, spec="toy")
     assert not result.exhaustive
-    assert result.evaluations == len(set(table.asked)) == 96
+    assert result.evaluations == len(set(table.asked)) == planned_evaluations(18, 9, SMALL) == 96
     assert [g.evaluations for g in result.history] == [16, 32, 48, 64, 80, 96]
     best = [(g.best, -g.loss) for g in result.history]
     assert best == sorted(best)

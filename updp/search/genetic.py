@@ -92,6 +92,12 @@ def search(
     return SearchResult(config, run.scores[best], history, len(run.scores), run.block_evaluations, exhaustive)
 
 
+def planned_evaluations(blocks: int, k: int, settings: SearchSettings) -> int:
+    """How many subnets `search` will score at most, for a progress bar; ``exhaustive`` left to it."""
+    subnets = math.comb(blocks, k)
+    return subnets if _affordable(blocks, k, settings) else min(subnets, settings.population * settings.generations)
+
+
 class _Run:
     """What a search has scored so far, and the ranks of it: equal scores have equal ranks, 0 is the best."""
 

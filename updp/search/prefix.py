@@ -15,12 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from updp.errors import InputError
-from updp.oracle import Score, evaluate
+from updp.oracle import Score, Tally, evaluate
 from updp.search.resume import StretchRunner, UnresumableError
 from updp.search.tree import Path, count_block_evaluations, fork, split
 from updp.structure import evaluating
@@ -119,7 +118,7 @@ class PrefixEvaluator:
             paths = [tuple(config.choice(block) for block in self._order) for config in configs]
             with torch.autocast(self._device.type, enabled=False):
                 statistics = self._calibrate(runner, paths)
-            tallies = {path: _Tally() for path in paths}
+            tallies = {path: Tally() for path in paths}
             for images, labels in self._score_batches:
                 self._score_chunk(runner, images.to(self._device), labels.to(self._device), statistics, tallies)
         return [tallies[path].score() for path in paths]
@@ -130,7 +129,7 @@ class PrefixEvaluator:
         images: Tensor,
         labels: Tensor,
         statistics: _Statistics,
-        tallies: Mapping[Path, _Tally],
+        tallies: Mapping[Path, Tally],
     ) -> None:
         end = len(self._order)
         stack = [(list(tallies), 0, _Held([images], 1))]
@@ -265,26 +264,6 @@ class _Held:
             return [_copy(x) for x in self._tensors]
         tensors, self._tensors = self._tensors, []
         return tensors
-
-
-class _Tally:
-    """What `updp.oracle.evaluate` adds up, chunk by chunk."""
-
-    def __init__(self) -> None:
-        self._top1 = self._top5 = self._images = 0
-        self._loss = 0.0
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        logits = logits.float()
-        self._loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        self._top1 += int(best[:, 0].sum())
-        self._top5 += int(best.any(dim=1).sum())
-        self._images += len(labels)
-
-    def score(self) -> Score:
-        images = self._images
-        return Score(100 * self._top1 / images, 100 * self._top5 / images, self._loss / images, images)
 
 
 def _norms_of(supernet: Supernet) -> dict[tuple[str, str], list[_BatchNorm]]:
