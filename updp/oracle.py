@@ -200,6 +200,42 @@ def count_supernet(supernet: Supernet, size: Sequence[int] | None = None, *, bn_
     return count(network, size or supernet.spec.input, supernet.bound, choices=choices, bn_weight=bn_weight)
 
 
+class Tally:
+    """Adds up batches of logits and labels to a `Score`."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self._top1 = self._top5 = 0
+        self._loss = 0.0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count ``logits (N, classes)`` against ``labels (N,)``.
+
+        Raises:
+            InputError: a label that the network has no output for.
+        """
+        if int(labels.max()) >= logits.shape[1]:
+            raise InputError(f"label {int(labels.max())} for a network of {logits.shape[1]} classes")
+        logits = logits.float()
+        self._loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        self._top1 += int(best[:, 0].sum())
+        self._top5 += int(best.any(dim=1).sum())
+        self.images += len(labels)
+
+    def score(self) -> Score:
+        """The score so far.
+
+        Raises:
+            InputError: nothing was added.
+        """
+        if not self.images:
+            raise InputError("no images to score")
+        return Score(
+            100 * self._top1 / self.images, 100 * self._top5 / self.images, self._loss / self.images, self.images
+        )
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -214,22 +250,11 @@ def evaluate(
     Raises:
         InputError: a label that the network has no output for, or no images at all.
     """
-    top1 = top5 = images = 0
-    loss = 0.0
     device = device or next(model.parameters()).device
+    tally = Tally()
     with evaluating(model), torch.inference_mode():
         for x, labels in batches:
-            logits = model(x.to(device)).float()
-            labels = labels.to(device)
-            if int(labels.max()) >= logits.shape[1]:
-                raise InputError(f"label {int(labels.max())} for a network of {logits.shape[1]} classes")
-            loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            top1 += int(best[:, 0].sum())
-            top5 += int(best.any(dim=1).sum())
-            images += len(labels)
+            tally.add(model(x.to(device)), labels.to(device))
             if progress is not None:
-                progress(images)
-    if not images:
-        raise InputError("no images to score")
-    return Score(100 * top1 / images, 100 * top5 / images, loss / images, images)
+                progress(tally.images)
+    return tally.score()

@@ -168,8 +168,11 @@ def check(
     size: Size = None,
     json: Json = False,
 ) -> None:
-    """Check specs: the file, that each structure computes what the network computes, and every merge."""
-    from updp.conformance import check_spec
+    """Check specs: the file, that each structure computes what the network computes, and every merge.
+
+    At the spec's own size and at an odd one where the network takes it; --size checks one size only.
+    """
+    from updp.conformance import check_spec, odd_size
     from updp.spec import load_spec
 
     reports, failed = [], []
@@ -178,7 +181,10 @@ def check(
         for number, name in enumerate(specs, 1):
             try:
                 spec = load_spec(name)
-                reports.append(check_spec(spec, size=parse_size(size, spec.input[0])))
+                given = parse_size(size, spec.input[0])
+                reports.append(check_spec(spec, size=given))
+                if given is None and (odd := odd_size(spec)) is not None:
+                    reports.append(check_spec(spec, size=odd))
             except UpdpError as error:
                 failed.append((name, error))
             advance(number)
