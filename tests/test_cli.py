@@ -96,7 +96,8 @@ def test_count(call, merged):
 def test_check(call):
     done = call("check", SPEC)
     assert done.status == 0
-    assert done.out.count("exact") == 2
+    assert done.out.count("exact") == 4  # two recipes at two sizes
+    assert " 32x32 " in done.out
     data = json.loads(call("check", SPEC, "--json", "--size", "40").out)
     assert data["ok"]
     assert data["specs"][0]["input"] == [3, 40, 40]
@@ -107,11 +108,11 @@ def test_check_reports_bad_specs_beside_good_ones(call, tmp_path):
     bad = write(tmp_path / "bad.yaml", TEXT.replace("merge: all", "merge: al"))
     done = call("check", bad, SPEC, "nosuch")
     assert done.status == 2
-    assert done.out.count("exact") == 2
+    assert done.out.count("exact") == 4
     assert f"{bad}:" in done.err
     assert "no such spec: got 'nosuch'" in done.err
     data = json.loads(call("check", bad, SPEC, "--json").out)
-    assert (data["ok"], len(data["specs"]), data["failed"][0]["spec"]) == (False, 1, str(bad))
+    assert (data["ok"], len(data["specs"]), data["failed"][0]["spec"]) == (False, 2, str(bad))
 
 
 def test_merge_verify_export_and_eval_of_a_saved_network(call, merged, tmp_path):

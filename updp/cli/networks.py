@@ -131,13 +131,14 @@ batch norm that is left; papers use 0, 1, 2 or 5.")] = 0,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Count multiply-accumulates, parameters and depth of a network, merged where a subnet prunes it."""
-    from updp.oracle import count_subnet
     from updp.pipeline.settings import resolve
     from updp.spec import load_spec
     from updp.subnet import SubnetConfig
 
     arch = resolve(load_spec(spec), settings or [])
     config = None if subnet is None else SubnetConfig.load(subnet)
+    from updp.oracle import count_subnet  # slow to import: bad input is answered before
+
     result = count_subnet(arch, config, size=parse_size(size, arch.input[0]), bn_weight=bn_weight)
     if json:
         print_json(result.to_json())

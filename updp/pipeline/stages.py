@@ -20,7 +20,7 @@ from updp.files import sha256
 from updp.oracle import Score
 from updp.pipeline.context import Context, workers_for
 from updp.pipeline.prepare import model_with_weights
-from updp.search import CachedOracle, PrefixEvaluator, search
+from updp.search import CachedOracle, PrefixEvaluator, planned_evaluations, search
 from updp.supernet import Supernet
 from updp.train import Plain, Progressive, Sandwich
 
@@ -90,7 +90,8 @@ def find(context: Context) -> dict[str, Any]:
     oracle = CachedOracle(evaluator, file, _data_key(context))
     choices = {name: network.default_choice(name, record.recipe) for name in network.available}
     settings = context.spec.schedule.search
-    with context.watch.task("search", settings.population * settings.generations) as advance:
+    planned = planned_evaluations(len(choices), record.prune, settings)
+    with context.watch.task("search", planned) as advance:
         found = search(
             oracle, choices, record.prune, settings, context.seed, spec=context.spec.name,
             on_generation=lambda generation: advance(generation.evaluations),
