@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +19,13 @@ from updp.errors import InputError, UpdpError
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 
+FIRST = os.environ.get("RANK", "0") == "0"  # of several processes, as launchers number them, one speaks
 _PIPED = 160  # columns of output that no terminal limits
 
 
 def _console(stream: TextIO, *, stderr: bool) -> Console:
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _PIPED)
+    width = None if stream.isatty() else _PIPED
+    return Console(stderr=stderr, highlight=False, width=width, quiet=not FIRST and not stderr)
 
 
 out = _console(sys.stdout, stderr=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from updp.cli.console import guarded, line, out
+from updp.cli.console import FIRST, guarded, line, out
 from updp.cli.progress import ConsoleWatch
 from updp.cli.summary import show_header, show_summary
 from updp.errors import InputError, UpdpError, suggest
@@ -121,7 +121,8 @@ def _do(directory: RunDirectory, stages: Sequence[str], watch: ConsoleWatch) -> 
 
     show_header(directory)
     run_stages(directory, stages, watch)
-    _report(directory, watch)
+    if FIRST:
+        _report(directory, watch)
     show_summary(directory)
 
 

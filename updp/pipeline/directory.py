@@ -149,9 +149,12 @@ class RunDirectory:
 
     def begin(self, stage: str) -> None:
         """Make a stage's folder. What was made from the stage's earlier product is no longer finished."""
-        for later in STAGES[STAGES.index(stage) :]:
-            self.file(later, "result.json").unlink(missing_ok=True)
-        (self.path / stage).mkdir(exist_ok=True)
+        try:
+            for later in STAGES[STAGES.index(stage) :]:
+                self.file(later, "result.json").unlink(missing_ok=True)
+            (self.path / stage).mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written: {error.strerror or error}") from None
 
     def finish(self, stage: str, result: Mapping[str, Any]) -> None:
         write_json(self.file(stage, "result.json"), result)

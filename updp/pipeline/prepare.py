@@ -93,6 +93,7 @@ def prepare(request: Request, watch: Watch | None = None) -> RunDirectory:
         return existing
     with (watch or Watch()).task("checking", None):
         check_spec(spec)
+    processes.wait_for_everyone()  # all have looked whether there is a run before one makes it
     if processes.is_main_process:
         RunDirectory.create(request.out, record, spec, subnet)
     processes.wait_for_everyone()
@@ -101,12 +102,16 @@ def prepare(request: Request, watch: Watch | None = None) -> RunDirectory:
 
 def _existing(out: Path) -> RunDirectory | None:
     """The run that is in the directory already, if any."""
-    if (out / "run.json").is_file():
-        return RunDirectory.open(out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out: {out} is a file, allowed: a directory")
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"--out: {out} has files in it and is no run directory; allowed: a new or an empty directory")
+    try:
+        if (out / "run.json").is_file():
+            return RunDirectory.open(out)
+        if out.exists() and not out.is_dir():
+            raise InputError(f"--out: {out} is a file, allowed: a directory")
+        if out.is_dir() and any(out.iterdir()):
+            allowed = "allowed: a new or an empty directory"
+            raise InputError(f"--out: {out} has files in it and is no run directory; {allowed}")
+    except OSError as error:
+        raise InputError(f"--out: {out}: {error.strerror or error}") from None
     return None
 
 
@@ -174,7 +179,12 @@ def _check_images(spec: ArchSpec, data: Data) -> None:
     """Open every part of the data that a stage will ask for."""
     schedule = spec.schedule
     for stage in TRAINING:
-        data.train(getattr(schedule, stage), seed=schedule.seed, held_out=schedule.held_out)
+        settings = getattr(schedule, stage)
+        try:
+            data.train(settings, seed=schedule.seed, held_out=schedule.held_out)
+        except (AssertionError, IndexError, KeyError, ValueError) as error:  # timm's reader of policies
+            message = f"got {settings.auto_augment!r}, which timm refuses: {error}"
+            raise InputError([Problem(None, f"{stage}.auto_augment", message)]) from None
     data.held_out(schedule.held_out, schedule.seed)
     data.val()
 
