@@ -15,7 +15,7 @@ BIN   := $(VENV)/bin
 DEMO_SPEC_convnext  := convnext_digits
 DEMO_PRUNE_convnext := 5
 DEMO_SPEC_deit      := deit_digits
-DEMO_PRUNE_deit     := 4
+DEMO_PRUNE_deit     := 3
 ifeq ($(DEMO_SPEC_$(DEMO)),)
 $(error got DEMO=$(DEMO), allowed: convnext, deit)
 endif

@@ -360,9 +360,7 @@ def test_identity_is_the_unit(a, seed):
         assert close(affine.run(composed, x), expected)
 
 
-@pytest.mark.parametrize(
-    ("out", "inp", "groups"), [(8, 4, 4), (12, 12, 12), (6, 12, 6), (4, 8, 2), (5, 3, 1)]
-)
+@pytest.mark.parametrize(("out", "inp", "groups"), [(8, 4, 4), (12, 12, 12), (6, 12, 6), (4, 8, 2), (5, 3, 1)])
 def test_regroup_is_the_same_operator(out, inp, groups):
     a = conv(out, inp, (3, 2), groups=groups)
     x = rand(2, inp, 6, 7, seed=1)

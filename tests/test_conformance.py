@@ -18,7 +18,7 @@ from updp.spec import list_specs
 KINDS = {
     "convnext_digits": (10, 4),
     "convnext_tiny": (18, 5),
-    "deit_digits": (8, 2),
+    "deit_digits": (6, 2),
     "deit_tiny_patch16_224": (12, 2),
     "mobilenetv2_100": (16, 11),
     "mobilenetv2_140": (16, 11),

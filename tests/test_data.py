@@ -87,14 +87,14 @@ def digits() -> Data:
 
 class TestDigits:
     def test_sizes_and_classes(self, digits):
-        assert (len(digits.source.train), len(digits.val()), digits.num_classes) == (1297, 500, 10)
-        assert digits.describe()["train_images"] == 1297
+        assert (len(digits.source.train), len(digits.val()), digits.num_classes) == (1437, 360, 10)
+        assert digits.describe()["train_images"] == 1437
 
     def test_the_test_images_have_the_classes_in_proportion_and_never_change(self, digits):
         images, labels = stack(digits.val())
         counts = labels.bincount()
         assert counts.tolist() == [50, 50, 49, 51, 51, 51, 50, 50, 48, 50]
-        assert images.shape == (500, 3, 32, 32)
+        assert images.shape == (360, 3, 32, 32)
         first = digits.source.val.labels[:10]
         assert first == [3, 5, 0, 5, 5, 5, 8, 5, 0, 7]
 
@@ -119,8 +119,8 @@ class TestParts:
             held = set(digits.held_out(fraction, seed).indices)
             train = set(digits.train(PLAIN, seed=seed, held_out=fraction).indices)
             calibration = set(digits.calibration(200, seed, held_out=fraction).indices)
-            assert len(held) == round(1297 * fraction)
-            assert held | train == set(range(1297))
+            assert len(held) == round(1437 * fraction)
+            assert held | train == set(range(1437))
             assert not held & train
             assert len(calibration) == 200
             assert calibration <= train
@@ -134,10 +134,10 @@ class TestParts:
         train = torch.tensor(digits.source.train.labels).bincount()
         found = torch.tensor(labels_of(digits.held_out(0.1, 3).first(count))).bincount(minlength=10)
         assert found.sum() == count
-        assert ((found - train * count / 1297).abs() < 1.5).all()
+        assert ((found - train * count / 1437).abs() < 1.5).all()
 
     def test_nothing_held_out(self, digits):
-        assert len(digits.train(PLAIN, seed=0, held_out=0.0)) == 1297
+        assert len(digits.train(PLAIN, seed=0, held_out=0.0)) == 1437
         with pytest.raises(InputError, match="held_out 0, allowed: above 0"):
             digits.held_out(0.0, 0)
 
@@ -148,7 +148,7 @@ class TestParts:
             data.train(PLAIN, seed=0, held_out=0.5)
 
     def test_calibration_may_ask_for_more_than_there_is(self, digits):
-        assert len(digits.calibration(5000, 0, held_out=0.1)) == 1297 - 130
+        assert len(digits.calibration(5000, 0, held_out=0.1)) == 1437 - 144
 
     def test_order_is_the_same_in_every_version(self):
         assert stratified_order([0, 0, 0, 0, 1, 1], seed=0) == [5, 3, 2, 4, 1, 0]

@@ -339,7 +339,7 @@ def test_suggest():
 SHIPPED = {
     "convnext_digits": ({"block": 10}, {"block": ("pointwise", "full")}),
     "convnext_tiny": ({"block": 18}, {"block": ("pointwise", "full")}),
-    "deit_digits": ({"block": 8}, {"block": ("mlp",)}),
+    "deit_digits": ({"block": 6}, {"block": ("mlp",)}),
     "deit_tiny_patch16_224": ({"block": 12}, {"block": ("mlp",)}),
     "mobilenetv2_100": ({"residual": 10, "plain": 6}, {"residual": ("full",), "plain": ("full",)}),
     "mobilenetv2_140": ({"residual": 10, "plain": 6}, {"residual": ("full",), "plain": ("full",)}),
