@@ -31,12 +31,17 @@ def list_specs(json: Json = False) -> None:
     if json:
         print_json(rows)
         return
-    shown = table("spec", "model", ">input", "recipes", "blocks")
+    shown = table("spec", "~model", ">input", "recipes", "~blocks")
     for row in rows:
-        shown.add_row(str(row["spec"]), str(row["model"]), "x".join(map(str, row["input"][1:])),
+        shown.add_row(str(row["spec"]), "" if row["model"] == row["spec"] else str(row["model"]), _size(row["input"]),
                       ", ".join(row["recipes"]), ", ".join(row["blocks"]))  # fmt: skip
     out.print(shown)
     line(out, "\nTry one: ", f"updp check {rows[0]['spec']}", rest="bold")
+
+
+def _size(input: list[int]) -> str:
+    _, height, width = input
+    return str(height) if height == width else f"{height}x{width}"
 
 
 @guarded()

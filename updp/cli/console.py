@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TextIO
 
 import typer
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -96,12 +96,12 @@ def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def table(*columns: str, title: str | None = None) -> Table:
-    """A table in the house style; a column whose name starts with ``>`` is right-aligned."""
-    result = Table(title=title, box=None, pad_edge=False, header_style="dim", title_justify="left",
-                   title_style="bold", padding=(0, 2, 0, 0))  # fmt: skip
+def table(*columns: str) -> Table:
+    """A table in the house style: names that start with ``>`` are right-aligned, those with ``~`` may be wrapped."""
+    result = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name in columns:
-        result.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
+        justify: JustifyMethod = "right" if name.startswith(">") else "left"
+        result.add_column(name.lstrip(">~"), justify=justify, no_wrap=not name.startswith("~"))
     return result
 
 
