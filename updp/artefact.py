@@ -54,6 +54,19 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     extra = {"ties": json.dumps(ties)} if ties else {}
     with replacing(path) as temporary:
         save_file(stored, temporary, metadata={"format": "pt", **(metadata or {}), **extra})
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """The library writes metadata in random order; sorted, the same network is the same file."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # padded with blanks, as the format allows
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -110,7 +110,7 @@ def create_model(
             except TypeError:  # this family takes no drop path
                 pass
         return timm.create_model(spec.model.name, pretrained=False, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # whatever a constructor says of arguments it cannot take
         raise SpecError([Problem(place, "model", f"timm refuses {spec.model.name} with {kwargs}: {error}")]) from error
 
 

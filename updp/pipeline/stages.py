@@ -94,6 +94,7 @@ def find(context: Context) -> dict[str, Any]:
     with context.watch.task("search", planned) as advance:
         found = search(
             oracle, choices, record.prune, settings, context.seed, spec=context.spec.name,
+            exhaustive=None if evaluator.reason is None else False,  # enumeration pays where prefixes are shared
             on_generation=lambda generation: advance(generation.evaluations),
         )  # fmt: skip
     if context.is_main:
