@@ -9,6 +9,7 @@ do not.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,10 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: not a whole safetensors file: {error}") from None
     ties = _json(metadata.get("ties", "{}"), path, "ties")
+    if not isinstance(ties, dict):
+        raise InputError(f"{path}: metadata 'ties': got {type(ties).__name__}, allowed: names of tensors by name")
     for name, owner in ties.items():
-        if owner not in tensors:
+        if not isinstance(owner, str) or owner not in tensors:
             raise InputError(f"{path}: {name!r} is tied to {owner!r}, which the file does not hold")
         tensors[name] = tensors[owner]
     return tensors, metadata
@@ -139,7 +142,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             raise InputError(f"{path}: not a state dict of tensors: {str(error).splitlines()[0]}") from None
         if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
             tensors = tensors["state_dict"]
-        if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+        if not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise InputError(f"{path}: not a state dict of tensors")
     else:
         tensors, _ = load_tensors(path)
@@ -155,11 +159,19 @@ def source_path(path: str | Path) -> Path:
     return path.with_name(f"{path.stem}.source{path.suffix}")
 
 
-def save_network(path: str | Path, network: nn.Module, supernet: Supernet, certificate: Certificate) -> None:
+def save_network(
+    path: str | Path,
+    network: nn.Module,
+    supernet: Supernet,
+    certificate: Certificate,
+    random_certificate: Certificate | None = None,
+) -> None:
     """Save a merged network and, beside it, the pruned blocks that it was merged from.
 
     Args:
         network: what `updp.merge` returned for the supernet's current subnet.
+        certificate: of the network's own weights.
+        random_certificate: of the same subnet with every parameter random.
     """
     source = {n: t for n, t in supernet.state_dict().items() if _belongs_to_pruned(supernet, n)}
     save_tensors(source_path(path), source, {"updp": "source", "format_version": FORMAT_VERSION})
@@ -176,6 +188,8 @@ def save_network(path: str | Path, network: nn.Module, supernet: Supernet, certi
         "versions": json.dumps(versions()),
         "source_sha256": sha256(source_path(path)),
     }
+    if random_certificate is not None:
+        metadata["certificate_random"] = json.dumps(random_certificate.to_json())
     save_tensors(path, network.state_dict(), metadata)
 
 
@@ -244,9 +258,12 @@ def load(path: str | Path) -> nn.Module:
     return _rebuild(header, tensors)
 
 
-def _empty_supernet(header: Header) -> Supernet:
+def _supernet_of(header: Header, tensors: Mapping[str, Tensor]) -> Supernet:
+    """The network before merging: kept blocks and everything around blocks filled in, pruned blocks random."""
     try:
         model = create_model(header.spec, num_classes=header.num_classes or None)
+        own = model.state_dict()
+        model.load_state_dict(own | {n: t for n, t in tensors.items() if n in own and own[n].shape == t.shape})
         supernet = build_supernet(header.spec, model, resized=True)
         supernet.reduce(header.subnet)
     except SpecError as error:
@@ -255,7 +272,7 @@ def _empty_supernet(header: Header) -> Supernet:
 
 
 def _rebuild(header: Header, tensors: Mapping[str, Tensor]) -> nn.Module:
-    supernet = _empty_supernet(header)
+    supernet = _supernet_of(header, tensors)
     network = assemble(supernet, merge_blocks(supernet, values=False))
     load_state(network, tensors, header.path, assign=True)
     return network.eval()
@@ -287,13 +304,20 @@ class Verification:
     reason: str | None = None
 
     @property
+    def weights_checked(self) -> bool:
+        """Whether the stored tensors themselves were held against what they were merged from."""
+        return self.given is not None
+
+    @property
     def ok(self) -> bool:
+        """Everything that could be checked holds."""
         stored = self.stored is None or (self.stored_bound is not None and self.stored <= self.stored_bound)
         return self.random.ok and (self.given is None or self.given.ok) and stored
 
     def to_json(self) -> dict[str, Any]:
         return {
             "ok": self.ok,
+            "weights_checked": self.weights_checked,
             "random": self.random.to_json(),
             "given": None if self.given is None else self.given.to_json(),
             "stored": self.stored,
@@ -303,47 +327,57 @@ class Verification:
         }
 
 
-def verify(path: str | Path) -> Verification:
+def verify(path: str | Path, *, without_source: bool = False) -> Verification:
     """Recompute the certificate of a saved network.
 
+    Args:
+        without_source: be content, where the source file is not beside it, with the proof for random weights: that
+            this spec and subnet merge exactly, not that these tensors came out of it.
+
     Raises:
-        InputError: as `load`; or the source file beside it is not the one it was merged from.
+        InputError: as `load`; or the source file is not beside it, or not the one it was merged from.
     """
     path = Path(path)
     tensors, metadata = load_tensors(path)
     header = read_header(path, metadata)
+    reason = _why_unchecked(header)
+    if reason is not None and header.subnet.pruned and not without_source:
+        raise InputError(f"{path}: {reason} (--without-source checks the spec and the subnet alone)")
     network = _rebuild(header, tensors)
-    supernet = _empty_supernet(header)
+    supernet = _supernet_of(header, tensors)
     random = certify(supernet, weights="random")
-    if not header.subnet.pruned:
-        return Verification(random, None, None, None, None, "nothing is merged in this network")
-    source = source_path(path)
-    if not source.is_file():
-        return Verification(
-            random, None, None, None, None, f"{source.name} is not beside it: its weights were not checked"
-        )
-    if sha256(source) != header.source_sha256:
-        raise InputError(f"{source}: not the file that {path.name} was merged from (its checksum differs)")
-    _load_source(supernet, network, source)
+    if reason is not None:
+        return Verification(random, None, None, None, None, reason)
+    _load_source(supernet, source_path(path))
     given = certify(supernet, weights="given")
     stored, bound, name = _compare(supernet, network)
     return Verification(random, given, stored, bound, name)
 
 
-def _load_source(supernet: Supernet, network: nn.Module, source: Path) -> None:
-    """Fill a supernet: pruned blocks from the source file, everything else from the merged network."""
-    kept = network.state_dict()
-    with torch.no_grad():
-        for name, tensor in supernet.state_dict().items():
-            plain = name.removeprefix("model.").replace(".keep.", ".")
-            if ".choices." not in name and plain in kept and kept[plain].shape == tensor.shape:
-                tensor.copy_(kept[plain])
+def _why_unchecked(header: Header) -> str | None:
+    """Why a network's tensors cannot be held against what they were merged from; None where they can.
+
+    Raises:
+        InputError: the source file is another network's.
+    """
+    if not header.subnet.pruned:
+        return "nothing is merged in this network"
+    source = source_path(header.path)
+    if not source.is_file():
+        return f"{source.name} is not beside it, so its weights cannot be checked"
+    if sha256(source) != header.source_sha256:
+        raise InputError(f"{source}: not the file that {header.path.name} was merged from (its checksum differs)")
+    return None
+
+
+def _load_source(supernet: Supernet, source: Path) -> None:
+    """Fill the pruned blocks from the source file."""
     supernet.free_baseline()
     expected = {n: t for n, t in supernet.state_dict().items() if _belongs_to_pruned(supernet, n)}
     tensors, _ = load_tensors(source)
     if set(tensors) != set(expected) or any(tensors[n].shape != t.shape for n, t in expected.items()):
         raise InputError(f"{source}: its tensors are not those of the pruned blocks")
-    supernet.load_state_dict({**supernet.state_dict(), **tensors})
+    supernet.load_state_dict(supernet.state_dict() | tensors)
 
 
 def _compare(supernet: Supernet, network: nn.Module) -> tuple[float, float, str | None]:
@@ -358,6 +392,8 @@ def _compare(supernet: Supernet, network: nn.Module) -> tuple[float, float, str 
         difference = float((tensor.double() - reference).abs().max()) if reference.numel() else 0.0
         error = difference / scale if scale else difference
         bound = max(bound, torch.finfo(tensor.dtype).eps / 2)
-        if not error <= worst:
+        if not math.isfinite(error):
+            return math.inf, bound, key
+        if error > worst:
             worst, name = error, key
     return worst, bound, name

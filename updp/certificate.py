@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from updp.flow import Across, Call, FlowModule, Nodes, Parallel, Run, rebuild, walk
 from updp.layers import Layout
-from updp.merging import MergedBlock, MergedFlow, Segment, assemble, merge_blocks
+from updp.merging import MergedBlock, Segment, assemble, merge_blocks
 from updp.randomize import randomize
-from updp.recipe import PrunedFlow
 from updp.structure import evaluating
-from updp.supernet import KEEP, Supernet
+from updp.supernet import Supernet
 
 BOUND = 1e-9
 ROUNDING = 1e-13  # of the output's scale: what float64 leaves when the shortcut is far larger than the branch
@@ -267,17 +266,3 @@ def merge(supernet: Supernet, *, certificate_size: Sequence[int] | None = None) 
         network = assemble(supernet, merged)
         certificate = certify(supernet, weights="given", size=certificate_size)
     return network, certificate
-
-
-__all__ = [
-    "BOUND",
-    "KEEP",
-    "Certificate",
-    "MergedFlow",
-    "OpRecord",
-    "PrunedFlow",
-    "certify",
-    "certify_block",
-    "merge",
-    "relative",
-]

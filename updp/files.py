@@ -19,6 +19,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         InputError: the folder does not exist or cannot be written.
     """
     path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: cannot be written: there is no folder {path.parent}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

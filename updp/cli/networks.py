@@ -226,12 +226,18 @@ def _show_checks(reports: Sequence[CheckReport]) -> None:
 
 
 @guarded()
-def verify(path: Network, json: Json = False) -> None:
-    """Prove again that a merged network equals what it was merged from."""
+def verify(
+    path: Network,
+    without_source: Annotated[
+        bool, typer.Option("--without-source", help="Do without NAME.source.safetensors: check spec and subnet alone.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Prove again that a merged network equals what it was merged from: NAME.source.safetensors, beside it."""
     from updp import artefact
 
     with ConsoleWatch(err).task("verify", None):
-        result = artefact.verify(path)
+        result = artefact.verify(path, without_source=without_source)
     if json:
         print_json(result.to_json())
     else:
