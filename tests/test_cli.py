@@ -63,7 +63,7 @@ def test_list(call):
     rows = json.loads(call("list", "--json").out)
     assert [row["spec"] for row in rows] == list_specs()
     mine = rows[list_specs().index(SPEC)]
-    assert (mine["input"], mine["recipes"]) == ([3, 32, 32], ["pointwise", "full"])
+    assert (mine["input"], mine["recipes"]) == ([3, 32, 32], ["full", "pointwise"])
     shown = call("list").out
     assert [name for name in list_specs() if name not in shown] == []
 
@@ -188,8 +188,8 @@ BAD_SPECS = {
     "unknown layer": ("append: [gelu, batchnorm]", "append: [gelo, batchnorm]", "did you mean 'gelu'"),
     "match that matches nothing": ('"stages.*.blocks.*"', '"layers.*.blocks.*"', "matches no module"),
     "two groups on one block": (
-        "recipes: [pointwise, full]}",
-        'recipes: [pointwise, full]}\n  - {match: "stages.0.blocks.*", structure: block, recipes: [full]}',
+        "recipes: [full, pointwise]}",
+        'recipes: [full, pointwise]}\n  - {match: "stages.0.blocks.*", structure: block, recipes: [full]}',
         "is a block already",
     ),
 }

@@ -88,7 +88,7 @@ def test_run_json_says_what_the_run_is(finished):
     assert (record["threads"], record["device"], record["num_classes"]) == (1, "cpu", 10)
     assert record["environment"]["torch"] == torch.__version__
     assert [block["name"] for block in record["blocks"]] == list(updp.build_supernet(spec).bound)
-    assert {(block["structure"], *block["recipes"]) for block in record["blocks"]} == {("block", "pointwise", "full")}
+    assert {(block["structure"], *block["recipes"]) for block in record["blocks"]} == {("block", "full", "pointwise")}
     assert (finished / "spec.yaml").read_text(encoding="utf-8") == spec.text
 
 
@@ -163,7 +163,7 @@ def test_stages_come_in_their_order(copy, call):
 def test_another_command_cannot_use_the_directory(finished, call):
     before = contents(finished)
     for change, told in (
-        (["--recipe", "full"], "recipe: got full, the run has none"),
+        (["--recipe", "pointwise"], "recipe: got pointwise, the run has none"),
         (["--set", "finetune.epochs=3"], "settings"),
         (["--seed", "1"], "seed: got 1, the run has 0"),
         (["--precision", "bf16"], "precision: got bf16, the run has no"),

@@ -337,7 +337,7 @@ def test_suggest():
 
 # Shipped specs: blocks of each structure, in the order of the file, and the recipes that a block may take.
 SHIPPED = {
-    "convnext_digits": ({"block": 10}, {"block": ("pointwise", "full")}),
+    "convnext_digits": ({"block": 10}, {"block": ("full", "pointwise")}),
     "convnext_tiny": ({"block": 18}, {"block": ("pointwise", "full")}),
     "deit_digits": ({"block": 6}, {"block": ("mlp",)}),
     "deit_tiny_patch16_224": ({"block": 12}, {"block": ("mlp",)}),
