@@ -11,7 +11,8 @@ WORKERS ?= 2
 SHELL := /bin/bash
 BIN   := $(VENV)/bin
 
-# The small network of each demo, and half of its blocks.
+# The small network of each demo, and half of its blocks. On one thread: so small, they gain nothing from a second one,
+# and lose much where another process wants it.
 DEMO_SPEC_convnext  := convnext_digits
 DEMO_PRUNE_convnext := 5
 DEMO_SPEC_deit      := deit_digits
@@ -30,7 +31,7 @@ help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 demo: $(VENV)/installed-export  ## Train, prune, merge and measure a small network on real digits (DEMO=convnext or deit)
-	$(BIN)/updp run $(DEMO_SPEC_$(DEMO)) --data digits --prune $(DEMO_PRUNE_$(DEMO)) --out runs/demo-$(DEMO)
+	$(BIN)/updp run $(DEMO_SPEC_$(DEMO)) --data digits --prune $(DEMO_PRUNE_$(DEMO)) --threads 1 --out runs/demo-$(DEMO)
 
 test: lint  ## Check style and types, run the tests (under 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal
