@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from updp.errors import InputError
+from updp.errors import InputError, Place, Problem
 
 
 @contextmanager
@@ -44,6 +46,24 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object from a JSON file.
+
+    Raises:
+        InputError: it cannot be read or holds something else.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        place = Place(str(file), error.lineno, error.colno)
+        raise InputError([Problem(place, "", f"not JSON: {error.msg}")]) from None
+    except (OSError, RecursionError, ValueError) as error:  # also text that is not UTF-8, and endless numbers
+        raise InputError([Problem(Place(str(file)), "", f"cannot be read: {error}")]) from None
+    if not isinstance(data, dict):
+        raise InputError([Problem(Place(str(file)), "", f"got {type(data).__name__}, allowed: an object")])
+    return data
 
 
 def sha256(path: str | Path) -> str:

@@ -202,7 +202,7 @@ def environment(
         "updp": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "timm": _version("timm"),
+        "timm": package_version("timm"),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
@@ -215,6 +215,14 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         lines = []
     found = (line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "cpu model")))
     return next((name for name in found if name), "") or platform.processor() or platform.machine() or "unknown"
+
+
+def package_version(package: str) -> str:
+    """The version of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -254,10 +262,3 @@ def _quiet(threads: int | None) -> Iterator[None]:
 
 def _device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -91,23 +91,26 @@ class SubnetConfig:
         """
         write_text(path, self.to_json())
 
-    def check(self, spec_name: str, available: Mapping[str, Sequence[str]]) -> None:
+    def check(self, spec_name: str, available: Mapping[str, Sequence[str]], file: str | Path | None = None) -> None:
         """Check against a network: its spec's name and the recipes of each of its blocks.
+
+        Messages name the file, where the subnet came from one.
 
         Raises:
             InputError: for a subnet of another spec, unknown blocks and unknown choices, all of them at once.
         """
         problems = []
+        place = None if file is None else Place(str(file))
         if self.spec != spec_name:
             message = f"the subnet is for another spec: got {self.spec!r}, allowed: {spec_name}"
-            raise InputError([Problem(None, "spec", message)])
+            raise InputError([Problem(place, "spec", message)])
         for block, choice in self.choices.items():
             where = f"choices[{block!r}]"
             if block not in available:
-                problems.append(Problem(None, where, f"no such prunable block: {suggest(block, available)}"))
+                problems.append(Problem(place, where, f"no such prunable block: {suggest(block, available)}"))
             elif choice not in available[block]:
                 allowed = [KEEP, *available[block]]
-                problems.append(Problem(None, where, f"no such choice: {suggest(choice, allowed)}"))
+                problems.append(Problem(place, where, f"no such choice: {suggest(choice, allowed)}"))
         if problems:
             raise InputError(problems)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 
 from updp import __version__
 from updp.cli.console import guarded, line, out, print_json, table
+from updp.pipeline.program import program
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -36,7 +36,7 @@ def list_specs(json: Json = False) -> None:
         shown.add_row(str(row["spec"]), "" if row["model"] == row["spec"] else str(row["model"]), _size(row["input"]),
                       ", ".join(row["recipes"]), ", ".join(row["blocks"]))  # fmt: skip
     out.print(shown)
-    line(out, "\nTry one: ", f"updp check {rows[0]['spec']}", rest="bold")
+    line(out, "\nTry one: ", f"{program()} check {rows[0]['spec']}", rest="bold")
 
 
 def _size(input: list[int]) -> str:
@@ -70,13 +70,17 @@ def _info() -> dict[str, Any]:
 
     import torch
 
-    from updp import ops
+    from updp import measure, ops
 
     cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
-        "versions": {"updp": __version__, "python": platform.python_version(), **_versions()},
+        "versions": {
+            "updp": __version__,
+            "python": platform.python_version(),
+            **{name: measure.package_version(name) for name in _LIBRARIES},
+        },
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": measure.cpu_name(),
             "cpu features": ", ".join(name for name, there in ops.cpu_features().items() if there) or "unknown",
             "threads": torch.get_num_threads(),
             "device": cuda or "cpu",
@@ -84,22 +88,3 @@ def _info() -> dict[str, Any]:
         "native": ops.native_status(),
         "kernels": [dataclasses.asdict(row) for row in ops.kernel_rows()],
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [text.partition(":")[2].strip() for text in file if text.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

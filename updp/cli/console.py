@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from updp.errors import InputError, UpdpError
+from updp.pipeline.program import program
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 
@@ -72,7 +73,7 @@ def remember(arguments: Sequence[str] | None) -> None:
 
 def command_line() -> str:
     """The command that is running, as it would be typed."""
-    return shlex.join(["updp", *(sys.argv[1:] if _arguments is None else _arguments)])
+    return f"{program()} {shlex.join(sys.argv[1:] if _arguments is None else _arguments)}"
 
 
 def show_error(error: UpdpError) -> None:
@@ -106,11 +107,21 @@ def table(*columns: str) -> Table:
 
 
 def quantity(value: float, digits: int = 3) -> str:
-    """A count for people: 519.4 M, 2.57 G."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.{digits}g} {unit}" if value < 100 * size else f"{value / size:.1f} {unit}"
-    return f"{value:g}"
+    """A count for people: 519.4 M, 2.57 G. From 100 up there are four digits at least."""
+    size, unit = 1.0, ""
+    for larger, its in ((1e3, " k"), (1e6, " M"), (1e9, " G")):
+        if abs(_rounded(value / size, digits)) >= 1000:  # rounded first: 999.96 M are 1 G
+            size, unit = larger, its
+    return f"{_rounded(value / size, digits):g}{unit}"
+
+
+def _rounded(value: float, digits: int) -> float:
+    return float(f"{value:.{digits if abs(value) < 100 else max(digits, 4)}g}")
+
+
+def error_size(value: float | None) -> str:
+    """How large an error is; JSON has no number for one that is not finite."""
+    return "–" if value is None else f"{value:.0e}"
 
 
 def percent(value: float | None) -> str:

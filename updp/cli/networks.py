@@ -14,6 +14,7 @@ from updp.cli.console import err, guarded, line, out, percent, print_json, quant
 from updp.cli.progress import ConsoleWatch
 from updp.cli.runs import merge_run
 from updp.errors import CertificateError, InputError, UpdpError
+from updp.pipeline.program import program
 
 if TYPE_CHECKING:
     from updp.artefact import Verification
@@ -117,7 +118,7 @@ def merge(
     line(out, "certificate holds", f": {len(found.ops)} merged operators, worst error {found.worst:.0e}", style="green")
     for file in products(merged):
         line(out, str(file))
-    line(out, "Next: ", f"updp verify {out_path}", rest="bold")
+    line(out, "Next: ", f"{program()} verify {out_path}", rest="bold")
 
 
 @guarded()
@@ -137,9 +138,16 @@ batch norm that is left; papers use 0, 1, 2 or 5.")] = 0,
 
     arch = resolve(load_spec(spec), settings or [])
     config = None if subnet is None else SubnetConfig.load(subnet)
-    from updp.oracle import count_subnet  # slow to import: bad input is answered before
+    given = parse_size(size, arch.input[0])
+    from updp import oracle, supernet  # slow to import: bad input is answered before
 
-    result = count_subnet(arch, config, size=parse_size(size, arch.input[0]), bn_weight=bn_weight)
+    if config is None:
+        result = oracle.count_subnet(arch, size=given, bn_weight=bn_weight)
+    else:
+        network = supernet.build_supernet(arch, resized=True, size=given or arch.input)
+        config.check(arch.name, network.available, subnet)
+        network.set_subnet(config)
+        result = oracle.count_supernet(network, given, bn_weight=bn_weight)
     if json:
         print_json(result.to_json())
     else:

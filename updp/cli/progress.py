@@ -145,5 +145,5 @@ def outcome(stage: str, result: Mapping[str, Any]) -> str:
         verdict = "holds" if result["certificate"]["ok"] else "FAILS"
         return f"top-1 {percent(result['top1'])}  (certificate {verdict})"
     epochs = result.get("epochs")
-    how = f"{epochs} epoch{'s' if epochs != 1 else ''}" if epochs or stage != "baseline" else "given weights"
+    how = "given weights" if result.get("weights") else f"{epochs} epoch{'s' if epochs != 1 else ''}"
     return f"top-1 {percent(result['top1'])}  ({how})"

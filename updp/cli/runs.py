@@ -105,6 +105,7 @@ def report(directory: Directory) -> None:
     line(out, str(report(directory)))
 
 
+@guarded(again=_CONTINUE)
 def merge_run(directory: Path) -> None:
     """Do the stage merge of a run."""
     _stage(directory, ("merge",))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.text import Text
 
-from updp.cli.console import line, out, percent, quantity, table
+from updp.cli.console import error_size, line, out, percent, quantity, table
+from updp.pipeline.program import program
 
 if TYPE_CHECKING:
     from updp.pipeline import RunDirectory
@@ -44,7 +45,7 @@ def show_summary(run: RunDirectory) -> None:
     merged = done["merge"]
     if merged is None:
         missing = next(stage for stage, result in done.items() if result is None)
-        line(out, "\nNext: ", f"updp {_NEXT[missing]} {run.path}", rest="bold")
+        line(out, "\nNext: ", f"{program()} {_NEXT[missing]} {run.path}", rest="bold")
         return
     out.print()
     out.print(Group(_networks(run, done, merged), Text(), *_verdicts(merged)))
@@ -79,13 +80,13 @@ def _time(row: Mapping[str, Any]) -> tuple[str, str]:
 
 def _verdicts(merged: Mapping[str, Any]) -> list[Text]:
     certificate = merged["certificate"]
-    worst = max((op["error"] for op in certificate["ops"]), default=0.0)
+    worst, logits, float32 = (error_size(certificate[key]) for key in ("worst", "logits", "float32"))
     holds = ("certificate holds", "green") if certificate["ok"] else ("certificate FAILS", "red")
     where = merged["latency"]["environment"]
     machine = f"{where['cpu']}, {where['device']}, {where['threads']} threads, torch {where['torch']}"
-    proof = f"worst of {len(certificate['ops'])} merged operators {worst:.0e}, logits {certificate['logits']:.0e}"
+    proof = f"worst of {len(certificate['ops'])} merged operators {worst}, logits {logits}"
     return [
-        Text.assemble(holds, f": {proof} (allowed 1e-9); in float32 {certificate['float32']:.0e}"),
+        Text.assemble(holds, f": {proof} (allowed 1e-9); in float32 {float32}"),
         Text(f"measured in turns, spread as quartiles: {machine}", "dim"),
     ]
 
@@ -104,5 +105,5 @@ def _show_products(run: RunDirectory, merged: Mapping[str, Any]) -> None:
         shown.add_row(str(run.path / "report.html"), Text("all of this, with pictures", "dim"))
     out.print(shown)
     network = run.path / "merge" / "merged.safetensors"
-    line(out, "\nNext: ", f"updp verify {network}", rest="bold")
+    line(out, "\nNext: ", f"{program()} verify {network}", rest="bold")
     line(out, "In Python: ", f'network = updp.load("{network}")', rest="bold")

@@ -5,7 +5,7 @@ stages that are not finished. Each stage takes its inputs from the run directory
 can be started alone. Only this package knows the order.
 """
 
-from updp.pipeline.directory import STAGES as STAGES
 from updp.pipeline.directory import RunDirectory as RunDirectory
 from updp.pipeline.directory import RunRecord as RunRecord
 from updp.pipeline.watch import Watch as Watch
+from updp.report.read import STAGES as STAGES

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from updp.errors import InputError, Place, Problem
-from updp.files import write_text
-from updp.spec import ArchSpec, apply_settings, parse_spec
+from updp.files import read_json, write_text
+from updp.pipeline.program import program
+from updp.pipeline.results import check_result
+from updp.report.read import STAGES, read_spec
+from updp.spec import ArchSpec, apply_settings
 from updp.subnet import SubnetConfig
 
-STAGES = ("baseline", "supernet", "search", "finetune", "merge")
 VERSION = 1
 
 
@@ -67,11 +69,18 @@ class RunRecord:
 
     def differences(self, other: RunRecord) -> list[str]:
         """What makes another run of it, one line each; hardware and versions do not."""
-        told = ("environment", "blocks", "num_classes", "version", "weights")
+        told = ("environment", "blocks", "num_classes", "version", "weights", "settings")
         names = [field.name for field in dataclasses.fields(self) if field.name not in told]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        ours, theirs = (tuple(s for s in run.settings if not is_seed(s)) for run in (self, other))
+        pairs.append(("settings", ours, theirs))
         pairs.append(("weights", (self.weights or {}).get("sha256"), (other.weights or {}).get("sha256")))
         return [f"{name}: got {_shown(b)}, the run has {_shown(a)}" for name, a, b in pairs if a != b]
+
+
+def is_seed(setting: str) -> bool:
+    """Whether a setting is the seed's, which a record has by itself."""
+    return setting.partition("=")[0].strip() == "seed"
 
 
 def _shown(value: object) -> str:
@@ -94,23 +103,26 @@ class RunDirectory:
     def create(cls, path: Path, record: RunRecord, spec: ArchSpec, subnet: SubnetConfig | None) -> RunDirectory:
         """Make a run directory in one step: made beside its place, then renamed.
 
+        An empty directory that is there stays, as someone may be in it; it gets its files, ``run.json`` last.
+
         Raises:
             InputError: it cannot be written.
         """
-        staging: str | None = None
+        staging: Path | None = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            staging = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
+            place = path.resolve()
+            there = place.is_dir()
+            parent = place if there else place.parent
+            parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(dir=parent, prefix=f".{place.name}."))
             os.chmod(staging, 0o755)
-            write_text(Path(staging, "spec.yaml"), spec.text)
-            if subnet is not None:
-                Path(staging, "search").mkdir()
-                subnet.save(Path(staging, "search", "subnet.json"))
-            write_json(Path(staging, "run.json"), dataclasses.asdict(record))
-            os.rename(staging, path)  # takes the place of an empty directory too
-        except OSError as error:
+            _write(staging, record, spec, subnet)
+            _fill(place, staging) if there else os.rename(staging, place)
+        except BaseException as error:
             if staging is not None:
                 shutil.rmtree(staging, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             raise InputError(f"{path}: cannot make the run directory: {error.strerror or error}") from None
         return cls(path, record, spec)
 
@@ -123,29 +135,26 @@ class RunDirectory:
         """
         if not (path / "run.json").is_file():
             reason = "not a run directory: it has no run.json" if path.is_dir() else "no such directory"
-            raise InputError(f"{path}: {reason} (`updp run SPEC … --out {path}` makes one)")
+            raise InputError(f"{path}: {reason} (`{program()} run SPEC … --out {path}` makes one)")
         record = _read_record(path / "run.json")
-        file = path / "spec.yaml"
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError([Problem(Place(str(file)), "", f"cannot be read: {error}")]) from None
-        spec = parse_spec(text, file=str(file), name=record.spec)
-        if spec.hash != record.spec_hash:
-            message = (
-                f"the spec was changed since the run began: got hash {spec.hash[:12]}…, run.json has "
-                f"{record.spec_hash[:12]}…; put it back, or start a run in another directory"
-            )
-            raise InputError([Problem(Place(str(file)), "", message)])
+        spec = read_spec(path / "spec.yaml", record.spec, record.spec_hash)
         return cls(path, record, apply_settings(spec, record.settings))
 
     def file(self, stage: str, name: str) -> Path:
         return self.path / stage / name
 
     def result(self, stage: str) -> dict[str, Any] | None:
-        """The result of a stage, or None if it is not finished."""
+        """The result of a stage, or None if it is not finished.
+
+        Raises:
+            InputError: the file is not what the stage writes.
+        """
         file = self.file(stage, "result.json")
-        return read_json(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        result = read_json(file)
+        check_result(stage, result, file)
+        return result
 
     def begin(self, stage: str) -> None:
         """Make a stage's folder. What was made from the stage's earlier product is no longer finished."""
@@ -158,6 +167,31 @@ class RunDirectory:
 
     def finish(self, stage: str, result: Mapping[str, Any]) -> None:
         write_json(self.file(stage, "result.json"), result)
+
+
+def _write(directory: Path, record: RunRecord, spec: ArchSpec, subnet: SubnetConfig | None) -> None:
+    """The first files of a run."""
+    write_text(directory / "spec.yaml", spec.text)
+    if subnet is not None:
+        (directory / "search").mkdir()
+        subnet.save(directory / "search" / "subnet.json")
+    write_json(directory / "run.json", dataclasses.asdict(record))
+
+
+def _fill(directory: Path, staging: Path) -> None:
+    """Move all that was staged in a directory up into it; what makes it a run comes last."""
+    if any(file != staging for file in directory.iterdir()):
+        raise InputError(f"{directory}: cannot make the run directory: it has files in it")
+    moved: list[str] = []
+    try:
+        for name in sorted(os.listdir(staging), key="run.json".__eq__):
+            os.rename(staging / name, directory / name)
+            moved.append(name)
+        staging.rmdir()
+    except BaseException:
+        for name in moved:
+            os.rename(directory / name, staging / name)
+        raise
 
 
 def _read_record(file: Path) -> RunRecord:
@@ -180,24 +214,6 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "recipe": (str, type(None)),
     "environment": dict,
 }
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """An object from a JSON file.
-
-    Raises:
-        InputError: it cannot be read or holds something else.
-    """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        place = Place(str(file), error.lineno, error.colno)
-        raise InputError([Problem(place, "", f"not JSON: {error.msg}")]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError([Problem(Place(str(file)), "", f"cannot be read: {error}")]) from None
-    if not isinstance(data, dict):
-        raise InputError([Problem(Place(str(file)), "", f"got {type(data).__name__}, allowed: an object")])
-    return data
 
 
 def write_json(file: Path, data: Mapping[str, Any]) -> None:

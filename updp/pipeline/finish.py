@@ -17,7 +17,7 @@ from updp.artefact import save_network, source_path
 from updp.certificate import Certificate, certify, merge
 from updp.errors import CertificateError
 from updp.exporting import export_network
-from updp.measure import Timing, environment, measure
+from updp.measure import LatencyTable, Timing, environment, measure
 from updp.oracle import Count, count
 from updp.pipeline.context import Context
 from updp.structure import BoundBlock, evaluating, get_block
@@ -39,7 +39,7 @@ def finish(context: Context) -> dict[str, Any]:
     unmerged, merged = context.score(source, "scoring"), context.score(network, "scoring")
     before, after = _counts(context, network)
     times = latencies(context, network)
-    files = _save(context, network, source, certificate)
+    files = _save(context, network, source, (certificate, random))
     return {
         "top1_unmerged": unmerged.top1, "top1": merged.top1, "top5": merged.top5, "loss": merged.loss,
         "certificate": certificate.to_json(), "certificate_random": random.to_json(),
@@ -66,13 +66,15 @@ def merge_certified(source: Supernet) -> tuple[nn.Module, Certificate, Certifica
     return network, given, random
 
 
-def _save(context: Context, network: nn.Module, source: Supernet, certificate: Certificate) -> list[Path]:
+def _save(
+    context: Context, network: nn.Module, source: Supernet, certificates: tuple[Certificate, Certificate]
+) -> list[Path]:
     """Write the products; returns them."""
     target = context.run.file("merge", "merged.safetensors")
     files = [target, source_path(target)]
     network = network.cpu()
     if context.is_main:
-        save_network(target, network, source.cpu(), certificate)
+        save_network(target, network, source.cpu(), *certificates)
     if find_spec("onnx") is None or find_spec("onnxscript") is None:
         context.watch.on_note("no ONNX file: onnx is not installed (pip install 'updp[export]')")
         return files
@@ -113,8 +115,8 @@ def latencies(context: Context, merged: nn.Module) -> dict[str, Any]:
             advance(done)
             choice = context.subnet().choice(name)
             blocks.append({"block": name, "choice": choice, **_block_rows(baseline, merged, bound, choice, device)})
-    table = {"environment": environment(device), "rows": [row.to_dict() for row in rows.values()]}
-    return {"latency": table, "block_latency": blocks}
+    table = LatencyTable(environment(device), tuple(rows.values()))
+    return {"latency": table.to_dict(), "block_latency": blocks}
 
 
 @contextmanager

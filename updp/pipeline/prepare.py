@@ -12,14 +12,14 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from updp.artefact import load_weights
+from updp.artefact import load_tensors, load_weights
 from updp.conformance import check_spec
 from updp.data import Data
 from updp.errors import InputError, Place, Problem, suggest
 from updp.files import sha256
 from updp.measure import environment
 from updp.pipeline.context import absolute, open_for
-from updp.pipeline.directory import RunDirectory, RunRecord
+from updp.pipeline.directory import RunDirectory, RunRecord, is_seed
 from updp.pipeline.settings import resolve, split_settings
 from updp.pipeline.watch import Watch
 from updp.spec import STAGES as TRAINING
@@ -35,7 +35,7 @@ _MOST_THREADS = 1024
 
 @dataclass(frozen=True)
 class Request:
-    """What ``updp run`` is asked for. Of what is None, a run that exists keeps what it has."""
+    """What ``updp run`` is asked for. Of what is None, a run that exists keeps what it has; settings are repeated."""
 
     spec: str
     data: str
@@ -77,19 +77,19 @@ def prepare(request: Request, watch: Watch | None = None) -> RunDirectory:
         InputError: with everything that is wrong; nothing has been written then.
     """
     found = _Findings()
-    with found.part():
-        settings = [*request.settings, *([] if request.seed is None else [f"seed={request.seed}"])]
-        spec = resolve(load_spec(request.spec), settings)
     existing = None
     with found.part():
         existing = _existing(request.out)
+    if existing is not None:
+        request = _completed(request, existing)
+    with found.part():
+        settings = [*request.settings, *([] if request.seed is None else [f"seed={request.seed}"])]
+        spec = resolve(load_spec(request.spec), settings)
     found.check()
     processes, device, precision = _start(request, existing)
     record, subnet = _examine(request, spec, settings, (device, precision), found)
     if existing is not None:
-        if differences := existing.record.differences(record):
-            place = Place(str(request.out))
-            raise InputError([Problem(place, "holds another run", difference) for difference in differences])
+        _check_same(existing, record, request)
         return existing
     with (watch or Watch()).task("checking", None):
         check_spec(spec)
@@ -113,6 +113,28 @@ def _existing(out: Path) -> RunDirectory | None:
     except OSError as error:
         raise InputError(f"--out: {out}: {error.strerror or error}") from None
     return None
+
+
+def _completed(request: Request, existing: RunDirectory) -> Request:
+    """The request with what it leaves out as the run has it; given weights are not read again."""
+    record = existing.record
+    changes: dict[str, Any] = {}
+    if request.subnet is None:
+        changes = {"prune": request.prune or record.prune, "recipe": request.recipe or record.recipe}
+        if record.subnet is not None and request.recipe is None and request.prune in (None, record.prune):
+            changes["subnet"] = existing.file("search", "subnet.json")
+    if request.seed is None and not any(is_seed(setting) for setting in request.settings):
+        changes["seed"] = record.seed
+    return replace(request, **changes)
+
+
+def _check_same(existing: RunDirectory, record: RunRecord, request: Request) -> None:
+    if request.weights is None:
+        record = replace(record, weights=existing.record.weights)
+    if differences := existing.record.differences(record):
+        differences[-1] += "; give another --out, or remove it"
+        place = Place(str(request.out))
+        raise InputError([Problem(place, "holds another run", difference) for difference in differences])
 
 
 def _start(request: Request, existing: RunDirectory | None) -> tuple[PartialState, str, str]:
@@ -211,19 +233,29 @@ def model_with_weights(spec: ArchSpec, weights: Path, data: Data | None) -> nn.M
     Raises:
         InputError: the weights are another network's, or their classes are not the data's.
     """
-    error: InputError | None = None
-    for classes in dict.fromkeys([None if data is None else data.num_classes or None, None]):
+    model = create_model(spec)
+    classes = _classes_in(weights, model) or (None if data is None else data.num_classes or None)
+    if classes not in (None, _num_classes(model)):
         model = create_model(spec, num_classes=classes)
-        try:
-            load_weights(model, weights)
-        except InputError as wrong:
-            error = wrong
-            continue
-        if data is not None:
-            data.check_classes(_num_classes(model))
-        return model
-    assert error is not None
-    raise error
+    load_weights(model, weights)
+    if data is not None:
+        data.check_classes(_num_classes(model))
+    return model
+
+
+def _classes_in(weights: Path, model: nn.Module) -> int | None:
+    """How many classes the head in a file has; None where the file has no such head, or cannot be read."""
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    try:
+        if weights.suffix in (".pth", ".pt", ".bin"):
+            tensors = torch.load(weights, map_location="cpu", weights_only=True)
+            tensors = tensors.get("state_dict", tensors)
+        else:
+            tensors, _ = load_tensors(weights)
+        sizes = [tensors[f"{head}.weight"].shape[0] for head in ([heads] if isinstance(heads, str) else heads)]
+    except Exception:  # reading it as weights, which comes next, says what is wrong with it
+        return None
+    return int(sizes[0]) if sizes else None
 
 
 def _num_classes(model: nn.Module) -> int:
@@ -259,10 +291,7 @@ def read_subnet(file: Path, supernet: Supernet) -> SubnetConfig:
         InputError: with all its problems, each with the file's name.
     """
     subnet = SubnetConfig.load(file)
-    try:
-        subnet.check(supernet.spec.name, supernet.available)
-    except InputError as error:
-        raise InputError([replace(problem, place=Place(str(file))) for problem in error.problems]) from None
+    subnet.check(supernet.spec.name, supernet.available, file)
     return subnet
 
 

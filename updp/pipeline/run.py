@@ -8,8 +8,10 @@ from typing import Any
 from updp.errors import InputError, suggest
 from updp.pipeline import finish, stages
 from updp.pipeline.context import Context
-from updp.pipeline.directory import STAGES, RunDirectory
+from updp.pipeline.directory import RunDirectory
+from updp.pipeline.program import program
 from updp.pipeline.watch import Watch
+from updp.report.read import STAGES
 
 _WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
     "baseline": stages.baseline,
@@ -63,5 +65,5 @@ def _check_order(directory: RunDirectory, order: Sequence[str], due: Sequence[st
     for stage in order[: order.index(due[0])]:
         if directory.result(stage) is None:
             command = "train" if stage in ("baseline", "supernet") else stage
-            todo = f"run `updp {command} {directory.path}`"
+            todo = f"run `{program()} {command} {directory.path}`"
             raise InputError(f"{directory.path}: the stage {stage} comes first and is not finished: {todo}")

@@ -104,8 +104,8 @@ def merge_spec(
         randomize(supernet, seed)
     supernet.reduce(read_subnet(subnet, supernet))
     supernet.free_baseline()
-    network, certificate, _ = merge_certified(supernet.eval())
-    save_network(out, network, supernet, certificate)
+    network, certificate, random = merge_certified(supernet.eval())
+    save_network(out, network, supernet, certificate, random)
     return Merged(out, network, certificate)
 
 

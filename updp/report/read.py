@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from updp.errors import InputError, Place, Problem
+from updp.files import read_json
 from updp.spec import ArchSpec, apply_settings, parse_spec
 from updp.subnet import SubnetConfig
 
 STAGES = ("baseline", "supernet", "search", "finetune", "merge")
+"""The stages of a run, in their order; each has a folder of its name."""
+
 _LARGEST = 1e18
 
 
@@ -94,17 +96,10 @@ def read_run(directory: Path) -> Run:
 
 
 def _read_json(path: Path, problems: list[Problem]) -> Record:
-    place = Place(str(path))
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        problems.append(Problem(Place(str(path), error.lineno, error.colno), "", f"not JSON: {error.msg}"))
-    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        problems.append(Problem(place, "", f"cannot be read: {error}"))
-    else:
-        if isinstance(data, dict):
-            return Record(data)
-        problems.append(Problem(place, "", f"got {type(data).__name__}, expected a JSON object"))
+        return Record(read_json(path))
+    except InputError as error:
+        problems.extend(error.problems)
     return Record()
 
 
@@ -113,16 +108,31 @@ def _read_spec(path: Path, about: Record, problems: list[Problem]) -> ArchSpec |
     if not path.is_file():
         return None
     try:
-        text = path.read_text(encoding="utf-8")
-        spec = parse_spec(text, file=str(path), name=about.text("spec") or path.stem)
-        if spec.hash != about.data.get("spec_hash", spec.hash):
-            problems.append(Problem(Place(str(path)), "", "the spec was changed since the run began; put it back"))
+        spec = read_spec(path, about.text("spec") or path.stem, about.data.get("spec_hash"))
         return apply_settings(spec, about.texts("settings"))
     except InputError as error:
         problems.extend(error.problems)
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(Problem(Place(str(path)), "", f"cannot be read: {error}"))
     return None
+
+
+def read_spec(file: Path, name: str, expected: object) -> ArchSpec:
+    """The run's own spec, without the run's settings; ``expected`` is the hash that its text must have.
+
+    Raises:
+        InputError: it cannot be read, is wrong, or was changed.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError([Problem(Place(str(file)), "", f"cannot be read: {error}")]) from None
+    spec = parse_spec(text, file=str(file), name=name)
+    if expected is not None and spec.hash != expected:
+        message = (
+            f"the spec was changed since the run began: got hash {spec.hash[:12]}…, run.json has "
+            f"{str(expected)[:12]}…; put it back, or start a run in another directory"
+        )
+        raise InputError([Problem(Place(str(file)), "", message)])
+    return spec
 
 
 def _read_subnet(path: Path, problems: list[Problem]) -> SubnetConfig | None:

@@ -1,0 +1,27 @@
+"""How the program is called, for messages that show a command to type."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+
+def program() -> str:
+    """``updp`` where a shell finds it, else what this process was started by."""
+    started = Path(sys.argv[0])
+    if shutil.which("updp") is not None:
+        return "updp"
+    if started.name == "__main__.py" and started.parent.name == "updp":
+        return f"{_nearest(sys.executable)} -m updp"
+    return _nearest(str(started)) if started.stem == "updp" else "updp"
+
+
+def _nearest(file: str) -> str:
+    """A program's path, from here where that is shorter, as a shell takes it."""
+    if shutil.which(os.path.basename(file)) == file:
+        return os.path.basename(file)
+    shortest = min(os.path.relpath(file), file, key=len)
+    return shlex.quote(shortest if os.sep in shortest else os.path.join(os.curdir, shortest))
