@@ -1,6 +1,7 @@
 """A whole run in small, and what makes it a run: stages once, in order, the same bits, nobody else's directory."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,10 +19,12 @@ import updp
 import updp.cli
 from updp.certificate import Certificate
 from updp.errors import InputError
+from updp.files import read_json
 from updp.measure import LatencyTable
-from updp.pipeline import STAGES, RunDirectory, finish
+from updp.pipeline import STAGES, RunDirectory, directory, finish
 from updp.pipeline import run as run_module
 from updp.pipeline.directory import write_json
+from updp.pipeline.program import program
 from updp.pipeline.settings import resolve
 from updp.spec import load_spec
 from updp.subnet import SubnetConfig
@@ -107,7 +110,7 @@ def test_results_say_what_each_stage_came_to(finished):
     assert merge["certificate"]["ok"]
     assert merge["certificate_random"]["ok"]
     assert merge["top1"] == pytest.approx(finetune["top1"], abs=0.3)
-    assert merge["after"]["depth"] == merge["before"]["depth"] - 4
+    assert merge["after"]["depth"] == merge["before"]["depth"] - 2 * 4
     assert merge["after"]["macs"] < merge["before"]["macs"]
     assert [row.name for row in LatencyTable.from_dict(merge["latency"]).rows] == ["baseline", "merged"]
     chosen = {row["block"]: row["choice"] for row in merge["block_latency"]}
@@ -319,3 +322,124 @@ def test_json_has_only_numbers_that_json_has(tmp_path):
     write_json(tmp_path / "a.json", {"a": float("nan"), "b": (1, float("inf")), "c": {"d": 1.5}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [1, None], "c": {"d": 1.5}}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_json_that_no_reader_should_follow(tmp_path):
+    for text in ("[" * 100_000, '{"a": ' + "1" * 10_000 + "}"):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(InputError, match=r"a\.json: cannot be read"):
+            read_json(tmp_path / "a.json")
+
+
+# --- a run that exists, and one that begins ---
+
+
+def test_what_is_left_out_a_run_keeps(finished, call):
+    before = contents(finished / "baseline")
+    done = call("run", SPEC, "--data", "digits", "--out", finished, *options(TINY))
+    assert done.status == 0, done
+    assert done.out.count("finished before") == 5
+    assert contents(finished / "baseline") == before
+    told = ("seed: got 5, the run has 0; give another --out, or remove it",)
+    call.refuses("run", SPEC, "--data", "digits", "--out", finished, *options(TINY), "--seed", 5, names=told)
+
+
+def test_given_weights_subnet_and_seed_are_kept_too(finished, tmp_path, call):
+    weights, subnet = finished / "baseline" / "weights.safetensors", finished / "search" / "subnet.json"
+    given = tmp_path / "given.safetensors"
+    shutil.copy(weights, given)
+    ending = ("--until", "baseline")
+    done = call(*tiny_run(tmp_path / "a", "--weights", given, "--subnet", subnet, "--seed", 2, *ending, prune=None))
+    assert done.status == 0, done
+    given.unlink()
+    done = call(*tiny_run(tmp_path / "a", *ending, prune=None))
+    assert "given weights)  finished before" in done.out, done
+    told = ("recipe: got full, the run has none",)
+    call.refuses(*tiny_run(tmp_path / "a", "--recipe", "full", prune=None), names=told)
+
+
+def test_weights_of_a_run_fit_its_spec(finished, tmp_path, call):
+    weights = finished / "baseline" / "weights.safetensors"
+    done = call("eval", SPEC, "--data", "digits", "--weights", weights, "--json")
+    assert json.loads(done.out)["top1"] == result(finished, "baseline")["top1"]
+    out, subnet = tmp_path / "net.safetensors", finished / "search" / "subnet.json"
+    done = call("merge", SPEC, "--weights", weights, "--subnet", subnet, "--out", out)
+    assert done.status == 0, done
+    assert updp.load(out)(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_a_run_in_the_empty_folder_one_is_in(tmp_path, call, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    done = call(*tiny_run(Path(), "--set", "baseline.epochs=0", "--until", "baseline"))
+    assert done.status == 0, done
+    assert "(0 epochs)" in done.out
+    assert Path("run.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), InputError("full"), OSError("full")])
+def test_nothing_is_left_of_a_run_that_could_not_be_made(finished, tmp_path, monkeypatch, error, there):
+    def fails(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(directory, "write_json", fails)
+    run, out = RunDirectory.open(finished), tmp_path / "out"
+    if there:
+        out.mkdir()
+    with pytest.raises((KeyboardInterrupt, InputError)):
+        RunDirectory.create(out, run.record, run.spec, None)
+    assert list(tmp_path.rglob("*")) == ([out] if there else [])
+
+
+def test_a_result_with_parts_missing_is_refused(copy, call):
+    file = copy / "merge" / "result.json"
+    full = json.loads(file.read_text())
+    for change, told in (
+        ({"certificate": {}}, "certificate.worst: is missing"),
+        ({"top1": True}, "top1: is missing or not what updp writes"),
+        ({"latency": {**full["latency"], "rows": [{"name": "merged"}, 3]}}, "latency.rows[baseline]"),
+    ):
+        file.write_text(json.dumps({**full, **change}))
+        call.refuses("merge", copy, names=(str(file), told))
+    (copy / "search" / "result.json").write_text("{}")
+    call.refuses("finetune", copy, names=(str(copy / "search" / "result.json"), "best: is missing"))
+
+
+def test_the_summary_tells_the_worst_error_of_all(copy, call):
+    file = copy / "merge" / "result.json"
+    full = json.loads(file.read_text())
+    certificate = {**full["certificate"], "worst": 3e-10, "float32": None}
+    file.write_text(json.dumps({**full, "certificate": certificate}))
+    done = call("merge", copy)
+    assert "merged operators 3e-10, " in done.out, done
+    assert "in float32 –" in done.out
+
+
+def test_an_interrupted_merge_says_how_to_go_on(copy, call, monkeypatch):
+    def interrupted(context: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(run_module._WORK, "merge", interrupted)
+    (copy / "merge" / "result.json").unlink()
+    done = call("merge", copy)
+    assert done.status == 130, done
+    assert "Finished stages are kept" in done.err
+    assert f"updp merge {copy}" in done.err
+
+
+def test_commands_are_shown_as_they_can_be_typed(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    for started, shown in (
+        (tmp_path / ".venv" / "bin" / "updp", os.path.join(".venv", "bin", "updp")),
+        (tmp_path / "updp", os.path.join(".", "updp")),
+        (tmp_path / "pytest", "updp"),
+    ):
+        monkeypatch.setattr(sys, "argv", [str(started)])
+        assert program() == shown
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "updp" / "__main__.py")])
+    assert program().endswith(" -m updp")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    assert program() == "updp"

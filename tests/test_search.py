@@ -295,7 +295,7 @@ def test_shared_scores_equal_unshared_scores_bit_for_bit(name: str) -> None:
     supernet = build_supernet(load_spec(name), num_classes=10, seed=0)
     recipes = {recipe for some in supernet.available.values() for recipe in some}
     generator = torch.Generator().manual_seed(0)
-    configs = [supernet.sample(generator, recipe=recipe) for recipe in sorted(recipes) for _ in range(4)]
+    configs = [supernet.sample(generator, recipe=recipe) for recipe in sorted(recipes) for _ in range(6)]
     configs += [supernet.all_keep(), supernet.all_pruned(), configs[0]]
     supernet.set_subnet(configs[1])
     supernet.set_blend(0.25)
