@@ -46,12 +46,6 @@ def test_a_sandwich_is_all_kept_two_random_and_all_pruned() -> None:
     assert network.subnet == network.all_keep()
 
 
-def test_a_sandwich_with_a_fixed_count() -> None:
-    policy = Listening(count=3)
-    train(small_net(), settings(2), policy)
-    assert {len(c.pruned) for c in policy.heard[1::4] + policy.heard[2::4]} == {3}
-
-
 def test_a_sandwich_step_uses_the_sum_of_the_four_gradients() -> None:
     network = small_net()
     by_hand = copy.deepcopy(network)

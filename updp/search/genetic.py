@@ -75,9 +75,8 @@ def search(
         InputError: ``k`` is not between 0 and the number of prunable blocks.
     """
     if not 0 <= k <= len(blocks):
-        raise InputError(
-            f"cannot prune {k} blocks: {spec} has {len(blocks)} prunable blocks (allowed: 0 to {len(blocks)})"
-        )
+        allowed = f"{spec} has {len(blocks)} prunable blocks (allowed: 0 to {len(blocks)})"
+        raise InputError(f"cannot prune {k} blocks: {allowed}")
     if exhaustive is None:
         exhaustive = _affordable(len(blocks), k, settings)
     run = _Run(oracle, blocks, spec, on_generation)
@@ -88,8 +87,9 @@ def search(
         _evolve(run, k, settings, seed)
     best = max(run.scores, key=lambda vector: (_merit(run.scores[vector]), vector))
     config = run.config(np.frombuffer(best, dtype=bool))
-    history = tuple(run.history)
-    return SearchResult(config, run.scores[best], history, len(run.scores), run.block_evaluations, exhaustive)
+    return SearchResult(
+        config, run.scores[best], tuple(run.history), len(run.scores), run.block_evaluations, exhaustive
+    )
 
 
 def planned_evaluations(blocks: int, k: int, settings: SearchSettings) -> int:

@@ -55,7 +55,7 @@ def make_optimizer(network: nn.Module, settings: TrainSettings) -> Optimizer:
             groups, opt=name, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum
         )
     except (ValueError, ImportError, AssertionError) as error:
-        raise InputError(f"optimizer {settings.optimizer}: {error}") from error
+        raise InputError(f"optimizer {settings.optimizer}: {str(error) or type(error).__name__}") from error
     return optimizer
 
 
@@ -77,7 +77,7 @@ def carry_state(old: Optimizer, new: Optimizer) -> None:
 
 
 def make_scheduler(optimizer: Optimizer, settings: TrainSettings, steps_per_epoch: int) -> Scheduler | None:
-    """Make timm's scheduler, to be stepped after every optimizer step; None for ``none``.
+    """Make timm's scheduler, to be stepped after every optimizer step; None for ``none`` or no epochs.
 
     Warm-up starts from ``min_lr``.
 
@@ -85,7 +85,7 @@ def make_scheduler(optimizer: Optimizer, settings: TrainSettings, steps_per_epoc
         InputError: timm has no such scheduler, or it cannot be stepped so.
     """
     name = settings.scheduler
-    if name == "none":
+    if name == "none" or not settings.epochs:
         return None
     try:
         scheduler, _ = create_scheduler_v2(
@@ -99,7 +99,7 @@ def make_scheduler(optimizer: Optimizer, settings: TrainSettings, steps_per_epoc
             updates_per_epoch=steps_per_epoch,
         )
     except (ValueError, AssertionError) as error:
-        raise InputError(f"scheduler {name}: {error}") from error
+        raise InputError(f"scheduler {name}: {str(error) or type(error).__name__}") from error
     if not isinstance(scheduler, Scheduler):  # some versions of timm return None for a name they do not know
         raise InputError(f"scheduler: got {name!r}, which timm does not have")
     return scheduler

@@ -69,7 +69,6 @@ def fit(
     evaluate: Evaluate | None = None,
     eval_every: int = 1,
     progress: Progress | None = None,
-    channels_last: bool = False,
 ) -> FitResult:
     """Train a network in place.
 
@@ -77,17 +76,11 @@ def fit(
     the same seed, machine and number of threads give the same bits.
 
     Args:
-        network: a timm model or a supernet; moved to the accelerator's device. It ends in eval mode, with the
-            averaged weights if the settings have ``ema``.
+        network: a timm model or a supernet; it ends in eval mode, with the averaged weights if there is ``ema``.
         loader: batches ``(images (N, C, H, W), targets (N,))``; a DataLoader is split between processes.
-        settings: how long and how.
-        policy: the stage.
-        accelerator: from `create_accelerator`.
-        seed: of every random choice.
-        evaluate: called with the network (the averaged one) every ``eval_every`` epochs and after the last.
-        eval_every: epochs between evaluations; 0 leaves only the last.
-        progress: what shows the training.
-        channels_last: keep images and convolution weights in NHWC order.
+        accelerator: from `create_accelerator`; the network moves to its device.
+        evaluate: called with the network (the averaged one) every ``eval_every`` epochs and after the last; with 0
+            after the last only.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -97,8 +90,6 @@ def fit(
     if not len(loader):
         raise InputError("no batch to train on: there are fewer images than one batch takes")
     session = Session(network, settings, accelerator=accelerator, seed=seed, steps_per_epoch=len(loader))
-    if channels_last:
-        session.memory_format = torch.channels_last
     watch = progress if progress is not None and accelerator.is_main_process else _Silent()
     start = time.perf_counter()
     watch.on_start(settings.epochs * len(loader), policy.title)

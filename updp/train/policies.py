@@ -62,14 +62,8 @@ class Sandwich(Policy):
     title: ClassVar[str] = "supernet"
     passes: ClassVar[tuple[str, ...]] = ("loss_keep", "loss_random", "loss_random", "loss_pruned")
 
-    def __init__(self, *, count: int | None = None, recipe: str | None = None) -> None:
-        """Prepare.
-
-        Args:
-            count: pruned blocks of the random subnets; left out, drawn anew for each from 1 to all but one.
-            recipe: prune under this recipe instead of each block's default.
-        """
-        self.count = count
+    def __init__(self, *, recipe: str | None = None) -> None:
+        """Prepare; ``recipe`` prunes under this recipe instead of each block's default."""
         self.recipe = recipe
         self._generator = torch.Generator()
 
@@ -83,8 +77,8 @@ class Sandwich(Policy):
         network = cast(Supernet, session.network)
         subnets = (
             network.all_keep(),
-            self._draw(network),
-            self._draw(network),
+            network.sample(self._generator, None, self.recipe),
+            network.sample(self._generator, None, self.recipe),
             network.all_pruned(self.recipe),
         )
         losses = []
@@ -92,12 +86,6 @@ class Sandwich(Policy):
             network.set_subnet(subnet)
             losses.append(session.run_pass(images, targets, last=number == len(subnets)))
         return losses
-
-    def _draw(self, network: Supernet) -> SubnetConfig:
-        count = self.count
-        if count is None:
-            count = int(torch.randint(1, max(len(network.available), 2), (), generator=self._generator))
-        return network.sample(self._generator, count, self.recipe)
 
     def after_training(self, session: Session) -> None:
         for network in cast(list[Supernet], session.networks()):

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from timm.utils import random_seed
 from torch import Tensor, nn
@@ -70,7 +69,6 @@ class Session:
         self.seed = seed
         self.steps_per_epoch = steps_per_epoch
         self.updates = 0
-        self.memory_format = torch.preserve_format
         self.optimizer: Any = None
         self.scheduler: Any = None
         self.average: Any = None
@@ -109,8 +107,6 @@ class Session:
         old = self.optimizer
         if old is not None:
             self.release()
-        for network in self.networks():
-            network.to(memory_format=self.memory_format)
         optimizer = make_optimizer(self.network, self.settings)
         if old is not None:
             carry_state(old.optimizer, optimizer)
@@ -126,9 +122,9 @@ class Session:
         self._forward.train()
 
     def receive(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch on the device, in the network's memory format, mixed if the settings say so."""
+        """A batch on the device, mixed if the settings say so."""
         device = self.accelerator.device
-        images = images.to(device, non_blocking=True, memory_format=self.memory_format)
+        images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         return (images, targets) if self.mixer is None else self.mixer(images, targets)
 
