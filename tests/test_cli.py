@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import updp
 from updp.cli import _COMMANDS
+from updp.cli.console import quantity
 from updp.spec import list_specs, load_spec
 from updp.subnet import SubnetConfig
 
@@ -237,20 +238,23 @@ def image_folder(path: Path, classes: int) -> Path:
     return path
 
 
-def test_bad_runs(call, tmp_path):
-    """Everything that is refused before a run begins, and that nothing is left of it."""
-    out = tmp_path / "out"
-    empty = tmp_path / "empty"
+@pytest.fixture
+def wrong(tmp_path):
+    """Files that do not fit, by name: an empty folder, three files of weights, two subnets."""
+    names = ("empty", "w.safetensors", "cut.safetensors", "shapes.safetensors", "other.json", "unknown.json")
+    empty, weights, cut, shapes, other, unknown = files = [tmp_path / name for name in names]
     empty.mkdir()
-    weights = tmp_path / "w.safetensors"
     save_file(_baseline().state_dict(), weights)
-    cut = tmp_path / "cut.safetensors"
     cut.write_bytes(weights.read_bytes()[:-1000])
-    shapes = tmp_path / "shapes.safetensors"
     save_file({name: tensor[..., :1].contiguous() for name, tensor in load_file(weights).items()}, shapes)
-    other, unknown = tmp_path / "other.json", tmp_path / "unknown.json"
     SubnetConfig("resnet34", {"layer1.0": "full"}).save(other)
     SubnetConfig(SPEC, {BLOCKS[0]: "fulll", "stages.9": "full"}).save(unknown)
+    return files
+
+
+def test_bad_runs(call, tmp_path, wrong):
+    """Everything that is refused before a run begins, and that nothing is left of it."""
+    out, (empty, weights, cut, shapes, other, unknown) = tmp_path / "out", wrong
     before = contents(tmp_path)
     cases = [
         (tiny_run(out, prune=11), ("--prune: got 11, allowed: 1 to 10",)),
@@ -360,3 +364,25 @@ def test_a_process_ends_with_the_status_and_colours_nothing_in_a_pipe():
     good = subprocess.run([*command, SPEC], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "\x1b" not in good.stdout
     assert good.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "shown"),
+    [
+        (31, 3, "31"),
+        (1234.5, 3, "1.23 k"),
+        (519_350_000, 3, "519.4 M"),
+        (519_350_000, 5, "519.35 M"),
+        (999.96e6, 3, "1 G"),
+        (999.96e6, 5, "999.96 M"),
+        (2_574_500_000, 3, "2.57 G"),
+    ],
+)
+def test_quantities(value, digits, shown):
+    assert quantity(value, digits) == shown
+
+
+def test_count_names_the_file_of_a_wrong_subnet(call, tmp_path):
+    SubnetConfig(SPEC, {"stages.9": "full"}).save(tmp_path / "subnet.json")
+    told = (f"{tmp_path / 'subnet.json'}: ", "no such prunable block: got 'stages.9'")
+    call.refuses("count", SPEC, "--subnet", tmp_path / "subnet.json", names=told)
