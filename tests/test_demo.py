@@ -1,0 +1,83 @@
+"""What `make demo` promises: the Makefile's own command lines, and what comes out of them."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from updp.artefact import verify
+from updp.measure import LatencyTable
+
+ROOT = Path(__file__).parents[1]
+DEMOS = {"convnext": ("convnext_digits", 5), "deit": ("deit_digits", 3)}
+LEARNED = 97.0  # percent of the test digits, of the baseline
+LOST = 1.0  # points that pruning may cost
+
+
+def dry_run(demo: str) -> subprocess.CompletedProcess[str]:
+    """What ``make demo`` would run; as typed in a shell, even where ``make test`` runs this."""
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    words = ["make", "--dry-run", "demo", f"DEMO={demo}"]
+    return subprocess.run(words, cwd=ROOT, text=True, capture_output=True, env=env)
+
+
+def command_of(demo: str) -> list[str]:
+    """The words after ``updp`` in the last line of ``make demo``."""
+    shown = dry_run(demo)
+    assert shown.returncode == 0, shown.stderr
+    program, *words = shlex.split(shown.stdout.strip().splitlines()[-1])
+    assert Path(program).name == "updp"
+    return words
+
+
+def result(out: Path, stage: str) -> dict:
+    return json.loads((out / stage / "result.json").read_text())
+
+
+def check(out: Path, prune: int) -> None:
+    """The finished run keeps what the demo promises."""
+    baseline, merge = result(out, "baseline"), result(out, "merge")
+    assert baseline["top1"] >= LEARNED
+    assert merge["top1"] >= baseline["top1"] - LOST
+    assert merge["certificate"]["ok"] and merge["certificate_random"]["ok"]
+    subnet = json.loads((out / "search" / "subnet.json").read_text())
+    assert len(subnet["choices"]) == prune
+    assert merge["after"]["depth"] < merge["before"]["depth"]
+    medians = {row.name: row.median_ms for row in LatencyTable.from_dict(merge["latency"]).rows}
+    assert medians["merged"] < medians["baseline"]
+    for name in ("report.html", "merge/merged.safetensors", "merge/merged.onnx"):
+        assert (out / name).stat().st_size > 1000, name
+    proof = verify(out / "merge" / "merged.safetensors")
+    assert proof.ok and proof.weights_checked
+
+
+@pytest.mark.parametrize("demo", DEMOS)
+def test_the_makefile_runs_what_the_documents_say(demo):
+    spec, prune = DEMOS[demo]
+    words = command_of(demo)
+    assert words[:6] == ["run", spec, "--data", "digits", "--prune", str(prune)]
+    assert words[words.index("--out") + 1] == f"runs/demo-{demo}"
+
+
+def test_an_unknown_demo_is_told_with_the_known_ones():
+    done = dry_run("vgg")
+    assert done.returncode == 2
+    assert "got DEMO=vgg, allowed: convnext, deit" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("demo", DEMOS)
+def test_the_demo_keeps_its_promises(demo, tmp_path):
+    """Minutes: trains, prunes, merges and measures, exactly as typed, from an empty folder."""
+    words = command_of(demo)
+    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
+    done = subprocess.run(
+        [sys.executable, "-m", "updp", *words],
+        cwd=tmp_path, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    check(tmp_path / words[words.index("--out") + 1], DEMOS[demo][1])
