@@ -35,7 +35,7 @@ _MOST_THREADS = 1024
 
 @dataclass(frozen=True)
 class Request:
-    """What ``updp run`` is asked for. Of what is None, a run that exists keeps what it has; settings are repeated."""
+    """What ``updp run`` is asked for. Of what is None, a run that exists keeps what it has."""
 
     spec: str
     data: str

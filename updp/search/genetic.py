@@ -61,9 +61,8 @@ def search(
 ) -> SearchResult:
     """Find the best subnet with exactly ``k`` pruned blocks: highest top-1, ties broken by the lower loss.
 
-    The genetic algorithm scores ``population * generations`` subnets, each once. Where scoring all subnets with shared
-    prefixes runs no more blocks than scoring that many one by one, all are scored, and the result is the optimum. The
-    same seed and the same scores give the same search.
+    The genetic algorithm scores ``population * generations`` subnets, each once. Where shared prefixes
+    make all no dearer than these, all are scored: the optimum. The same seed and scores give the same search.
 
     Args:
         blocks: the prunable blocks in order of execution, with the recipe that each is pruned by.
@@ -77,8 +76,7 @@ def search(
     if not 0 <= k <= len(blocks):
         allowed = f"{spec} has {len(blocks)} prunable blocks (allowed: 0 to {len(blocks)})"
         raise InputError(f"cannot prune {k} blocks: {allowed}")
-    if exhaustive is None:
-        exhaustive = _affordable(len(blocks), k, settings)
+    exhaustive = _affordable(len(blocks), k, settings) if exhaustive is None else exhaustive
     run = _Run(oracle, blocks, spec, on_generation)
     if exhaustive or k in (0, len(blocks)):
         for vectors in _batches(len(blocks), k, settings.population):

@@ -72,15 +72,13 @@ def fit(
 ) -> FitResult:
     """Train a network in place.
 
-    The global random states of Python, NumPy and torch are set at every epoch, from ``seed`` and the epoch:
-    the same seed, machine and number of threads give the same bits.
+    Python's, NumPy's and torch's global random states are set at every epoch, from ``seed`` and the epoch: the same
+    seed, machine and number of threads give the same bits.
 
     Args:
         network: a timm model or a supernet; it ends in eval mode, with the averaged weights if there is ``ema``.
         loader: batches ``(images (N, C, H, W), targets (N,))``; a DataLoader is split between processes.
-        accelerator: from `create_accelerator`; the network moves to its device.
-        evaluate: called with the network (the averaged one) every ``eval_every`` epochs and after the last; with 0
-            after the last only.
+        evaluate: called with the (averaged) network after the last epoch, and every ``eval_every`` if that is not 0.
 
     Raises:
         TrainingError: a loss is not finite.
