@@ -84,8 +84,9 @@ def rebuild(node: Node, change: Callable[[Nodes], Nodes]) -> Node:
 
 
 def part_key(name: str) -> str:
-    """A step's path as a module attribute: ``mlp.fc1`` -> ``mlp_fc1``."""
-    return name.replace(".", "_").replace("[", "_").replace("]", "").replace(":", "_")
+    """A step's path as the name of a module: ``mlp.fc1`` -> ``mlp_fc1``; ``keys`` -> ``keys_``, which is free."""
+    key = name.replace(".", "_").replace("[", "_").replace("]", "").replace(":", "_")
+    return f"{key}_" if hasattr(nn.ModuleDict, key) else key
 
 
 class FlowModule(nn.Module):

@@ -15,6 +15,11 @@ def resolve(block: nn.Module, path: str) -> Any:
     return target
 
 
+def is_own_method(block: nn.Module, path: str) -> bool:
+    """Whether a path names a method that the block's class adds to what every module has."""
+    return path.isidentifier() and not hasattr(nn.Module, path) and callable(getattr(block, path, None))
+
+
 class Hooks:
     """Forward hooks that are gone afterwards, methods of blocks included."""
 
@@ -41,7 +46,7 @@ class Hooks:
             return  # reported when the step is bound
         if isinstance(target, nn.Module):
             self.before(target, call)
-        elif callable(target):
+        elif is_own_method(block, path):
 
             def wrapped(*args: Any, **kwargs: Any) -> Any:
                 call(args, kwargs)

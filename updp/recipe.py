@@ -120,7 +120,7 @@ class _Draft:
         self.parts: dict[str, nn.Module] = dict(block.flow.named_parts)
         self.shared = set(self.parts)
         self.entry: Layout = block.flow.entry
-        self.extras = block.flow.extras
+        self.extras = dict(block.flow.extras)
         self.training = block.flow.training
         self.touched: set[str] = set()
         self.appended: list[str] = []
@@ -169,6 +169,9 @@ class _Draft:
         module.train(self.training)
         self.parts[name] = module
         self.shared.discard(name)
+        if kind_of(module).name != "conv":
+            self.geometry.pop(name, None)
+        self.extras.pop(name, None)  # what the old step was called with besides the tensor
 
     def replace_steps(self) -> None:
         channels: dict[str, int] | None = None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from updp import spec as language
 from updp.errors import Place, Problem, SpecError, suggest
 from updp.flow import Across, Call, FlowModule, Node, Nodes, Parallel
-from updp.hooks import Hooks, resolve
+from updp.hooks import Hooks, is_own_method, resolve
 from updp.kinds import kind_of, scale_parameter
 from updp.layers import Layout, Negate, Scale
 from updp.spec import ArchSpec, BlockGroup
@@ -291,7 +291,7 @@ class _Binder:
             return Scale(target)
         if isinstance(target, nn.Module):
             return target
-        if opaque and callable(target) and "." not in path:
+        if opaque and is_own_method(self.block, path):
             return MethodStep(self.block, path, self.own_steps)
         return None
 
