@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shlex
 import sys
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from updp.errors import InputError, UpdpError
+from updp.files import json_text
 from updp.pipeline.program import program
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
@@ -94,7 +94,7 @@ def line(console: Console, first: str, rest_text: str = "", *, style: str = "", 
 
 def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
     """JSON for programs, on stdout and uncoloured."""
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json_text(data))
 
 
 def table(*columns: str) -> Table:

@@ -6,8 +6,6 @@ Every file appears completely or not at all. A stage's ``result.json`` is its la
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
 import shutil
 import tempfile
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from updp.errors import InputError, Place, Problem
-from updp.files import read_json, write_text
+from updp.files import json_text, read_json, write_text
 from updp.pipeline.program import program
 from updp.pipeline.results import check_result
 from updp.report.read import STAGES, read_spec
@@ -218,12 +216,4 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 def write_json(file: Path, data: Mapping[str, Any]) -> None:
     """Write JSON, completely or not at all; numbers that JSON does not have become null."""
-    write_text(file, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_text(file, json_text(data))
