@@ -321,7 +321,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         ]
         done = subprocess.run([*launch, str(script), str(tmp_path)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert first.keys() == second.keys() == one.keys()
     for name in one:
         assert torch.equal(first[name], second[name]), name
