@@ -82,13 +82,7 @@ def count(
     handles = [m.register_forward_hook(_count_elements(elements)) for m in _counted_norms(model)]
     like = next(model.parameters())
     x = torch.zeros(1, *input, dtype=like.dtype, device=like.device)
-    with (
-        evaluating(model),
-        torch.no_grad(),
-        _unfused_attention(model),
-        FlopCounterMode(display=False) as counter,
-    ):
-        model(x)
+    counter = _count_flops(model, x)
     for handle in handles:
         handle.remove()
     by_module = {str(k): sum(v.values()) // 2 for k, v in counter.get_flop_counts().items()}
@@ -103,14 +97,14 @@ def count(
 
 def count_macs(module: nn.Module, x: Tensor) -> int:
     """Multiply-accumulates of one call: convolutions, linears and attention products."""
-    with (
-        evaluating(module),
-        torch.no_grad(),
-        _unfused_attention(module),
-        FlopCounterMode(display=False) as counter,
-    ):
+    return int(_count_flops(module, x).get_total_flops() // 2)
+
+
+def _count_flops(module: nn.Module, x: Tensor) -> FlopCounterMode:
+    counter = FlopCounterMode(display=False)
+    with evaluating(module), torch.no_grad(), _unfused_attention(module), counter:
         module(x)
-    return int(counter.get_total_flops() // 2)
+    return counter
 
 
 def _counted_norms(model: nn.Module) -> list[nn.Module]:
