@@ -16,8 +16,8 @@ PACKAGE = ROOT / "updp"
 # Rooms by floor. A room imports rooms of lower floors, and of its own floor those that stand before it.
 FLOORS = {
     0: ["updp", "errors", "frozen", "files"],
-    1: ["spec", "subnet", "measure", "ops", "affine", "layers", "kinds", "flow", "hooks", "randomize"],
-    2: ["structure", "padding", "recipe", "data"],
+    1: ["spec", "subnet", "measure", "ops", "affine", "layers", "kinds", "flow", "hooks", "randomize", "problems"],
+    2: ["structure", "widths", "padding", "recipe", "data"],
     3: ["supernet", "merging", "certificate", "graph", "oracle", "conformance", "artefact"],
     4: ["search", "train", "calibrate", "draft", "deploy", "exporting", "bench", "zoo"],
     5: ["report", "pipeline"],
@@ -222,3 +222,26 @@ def test_every_spec_is_found_by_listing():
     assert list_specs() == files
     assert len(files) == 8
     assert [load_spec(name).name for name in files] == files
+
+
+# --- sizes ---
+
+LONGEST_FUNCTION, LONGEST_MODULE = 45, 420
+
+
+def long_functions(tree: ast.AST) -> list[str]:
+    """Functions with more lines than the house allows, decorators not counted."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [f.name for f in functions if f.end_lineno - f.lineno + 1 > LONGEST_FUNCTION]
+
+
+def test_functions_and_modules_are_short():
+    assert {module: found for module, tree in TREES.items() if (found := long_functions(tree))} == {}
+    lines = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in MODULES.items()}
+    assert {module: count for module, count in lines.items() if count > LONGEST_MODULE} == {}
+
+
+def test_long_functions_are_seen():
+    body = "    x = 1\n" * (LONGEST_FUNCTION - 1)
+    text = f"def fits():\n{body}class A:\n  def too_long(self):\n{body}    x = 2\n"
+    assert long_functions(ast.parse(text)) == ["too_long"]

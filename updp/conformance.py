@@ -7,7 +7,6 @@ is shallower, and is told when it costs more.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,15 +19,17 @@ from updp import affine
 from updp import spec as language
 from updp.certificate import BOUND, OpRecord, certify_block, relative
 from updp.errors import CertificateError, MergeError, Problem, SpecError
-from updp.flow import Call, walk
+from updp.flow import Call, map_tensors, walk
 from updp.hooks import Hooks
 from updp.kinds import kind_of
 from updp.merging import MergedBlock, claims_of, fold_into, merge_flow
 from updp.oracle import count_macs, flow_depth
+from updp.problems import say_once
 from updp.randomize import randomize
 from updp.recipe import prune
 from updp.spec import ArchSpec
 from updp.structure import BoundBlock, bind, create_model
+from updp.widths import MISFITS, misfit
 
 TOLERANCE = 1e-12  # of max|block output|: sums of three branches may round differently
 DROP_RATE = 0.3
@@ -114,26 +115,27 @@ def check_spec(
         MergeError: a recipe's merge is not exact.
         CertificateError: a merge came out wrong: a defect of the engine.
     """
-    model = create_model(spec, seed=seed, drop_path=DROP_RATE, input=size)
-    bound = bind(spec, model, size)
+    bound = bind(spec, create_model(spec, seed=seed, drop_path=DROP_RATE, input=size), size)
     kinds = block_kinds(bound)
     worst = 0.0
     rows: list[RecipeCheck] = []
-    problems: list[Problem] = []
+    problems: list[tuple[Sequence[str], Problem]] = []
     for name, names in kinds.items():
         if progress is not None:
             progress(name)
         block = _exact(bound[name], seed)
+        found: list[RecipeCheck | Problem] = []
         try:
             worst = max(worst, check_conformance(block, seed))
             check_claims(block, seed)
-            rows += [_check_recipe(spec, block, recipe, len(names), seed) for recipe in block.group.recipes]
+            for recipe in block.group.recipes:
+                found += _check_recipe(spec, block, recipe, len(names), seed)
         except SpecError as error:
-            problems += error.problems
-        except MergeError as error:
-            problems.append(Problem(block.group.place, f"block {name}", str(error)))
+            found += error.problems
+        rows += [item for item in found if isinstance(item, RecipeCheck)]
+        problems += [(names, item) for item in found if isinstance(item, Problem)]
     if problems:
-        raise SpecError(list(dict.fromkeys(problems)))
+        raise SpecError(say_once(problems))
     return CheckReport(spec.name, size or spec.input, len(bound), len(kinds), worst, tuple(rows))
 
 
@@ -142,8 +144,13 @@ def _exact(block: BoundBlock, seed: int) -> BoundBlock:
     exact = copy.deepcopy(block)
     exact.module.double()
     exact.flow.double()
+    exact.args, exact.kwargs = map_tensors((exact.args, exact.kwargs), _exact_tensor)
     randomize(exact.module, seed)
     return exact
+
+
+def _exact_tensor(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 # --- structure --------------------------------------------------------------------------------------------------------
@@ -169,7 +176,7 @@ def check_conformance(block: BoundBlock, seed: int = 0) -> float:
         expected = _seeded(seed, lambda: own(x.clone(), *block.args, **block.kwargs))  # noqa: B023
         try:
             got = _seeded(seed, lambda: declared(x.clone()))  # noqa: B023
-        except (RuntimeError, ValueError, IndexError, TypeError) as failure:
+        except MISFITS as failure:
             raise _does_not_run(block, x, failure) from None
         error = relative(got, expected)
         if not error <= TOLERANCE:
@@ -222,17 +229,9 @@ def _differs(block: BoundBlock, x: Tensor, training: bool, error: float, seed: i
 
 def _does_not_run(block: BoundBlock, x: Tensor, failure: Exception) -> SpecError:
     """Say at which step the structure stops: channels or sizes that do not fit."""
-    declared = copy.deepcopy(block.flow)
-    entered: list[str] = []
-    left: list[str] = []
-    with Hooks() as hooks, contextlib.suppress(RuntimeError, ValueError, IndexError, TypeError), torch.no_grad():
-        for name, part in declared.named_parts.items():
-            hooks.before(part, lambda args, kwargs, name=name: entered.append(name))
-            hooks.after(part, lambda output, name=name: left.append(name))
-        declared(x)
-    inside = len(entered) > len(left)
-    place = f"at step {entered[-1]!r}" if inside else f"in a sum, behind step {left[-1]!r}" if left else "at its start"
-    message = f"does not run {place} of {block.name}: {str(failure).splitlines()[0]}"
+    found = misfit(copy.deepcopy(block.flow), x) or f"does not run: {failure}"
+    stops, _, reason = found.partition(": ")
+    message = f"{stops} of {block.name}: {reason}"
     return SpecError([Problem(block.group.place, f"structures.{block.group.structure}", message)])
 
 
@@ -358,7 +357,19 @@ def _apply(diagonal: affine.Affine, x: Tensor, axis: int) -> Tensor:
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
-def _check_recipe(spec: ArchSpec, block: BoundBlock, recipe: str, blocks: int, seed: int) -> RecipeCheck:
+def _check_recipe(
+    spec: ArchSpec, block: BoundBlock, recipe: str, blocks: int, seed: int
+) -> Sequence[RecipeCheck | Problem]:
+    """What a recipe does to a block, or what is wrong with it."""
+    try:
+        return [_measure_recipe(spec, block, recipe, blocks, seed)]
+    except SpecError as error:
+        return error.problems
+    except MergeError as error:
+        return [Problem(block.group.place, f"block {block.name}", str(error))]
+
+
+def _measure_recipe(spec: ArchSpec, block: BoundBlock, recipe: str, blocks: int, seed: int) -> RecipeCheck:
     rule = spec.recipes[recipe]
     source = prune(block, rule, resized=True).double().eval()
     randomize(source, seed + 1)

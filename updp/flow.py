@@ -89,6 +89,17 @@ def part_key(name: str) -> str:
     return f"{key}_" if hasattr(nn.ModuleDict, key) else key
 
 
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same tuples, lists and mappings with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    return value
+
+
 class FlowModule(nn.Module):
     """Interprets nodes over its parts.
 
@@ -121,6 +132,12 @@ class FlowModule(nn.Module):
         self.parts = nn.ModuleDict({key: _own_layout(parts[name]) for key, name in keys.items()})
         self.nodes = nodes
         self.program, _ = _with_layouts(nodes, self.part, self.entry)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlowModule:
+        """Recorded arguments move and change their dtype with the weights."""
+        super()._apply(fn, recurse)
+        self.extras = {name: map_tensors(extra, fn) for name, extra in self.extras.items()}
+        return self
 
     def part(self, name: str) -> nn.Module:
         return self.parts[part_key(name)]

@@ -23,7 +23,8 @@ from updp.kinds import kind_of, out_channels_of
 from updp.layers import make_conv
 from updp.recipe import PrunedFlow
 from updp.structure import BoundBlock, MethodStep
-from updp.supernet import KEEP, Supernet
+from updp.subnet import KEEP
+from updp.supernet import Supernet
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def merge_flow(
 
 class _Merger:
     def __init__(self, flow: PrunedFlow, opaques: Mapping[str, language.Opaque], values: bool) -> None:
-        self.opaques = opaques
+        self.opaques = {name: opaque for name, opaque in opaques.items() if name not in flow.recipe.replace}
         self.sources = flow.named_parts if values else _without_values(flow.named_parts)
         memo: dict[int, object] = {}
         self.parts = {name: copy.deepcopy(part, memo) for name, part in self.sources.items()}
@@ -123,12 +124,12 @@ class _Merger:
             before = done[-1] if done else None
             if piece.role == "diagonal" and before is not None and self.takes_behind(before):
                 before.nodes += piece.nodes
-            elif before is not None and before.role == "diagonal" and self.takes_in_front(piece, before):
-                piece.core = len(before.nodes)
-                piece.nodes = before.nodes + piece.nodes
-                done[-1] = piece
-            else:
-                done.append(piece)
+                continue
+            while done and done[-1].role == "diagonal" and self.takes_in_front(piece, done[-1]):
+                diagonal = done.pop()
+                piece.core += len(diagonal.nodes)
+                piece.nodes = diagonal.nodes + piece.nodes
+            done.append(piece)
         return done
 
     def takes_behind(self, piece: _Piece) -> bool:
@@ -141,7 +142,7 @@ class _Merger:
             return bool(self.opaques[self.name_of(piece)].enters)
         if piece.role != "operator":
             return False
-        core = piece.nodes[0]
+        core = piece.nodes[piece.core]
         shifts = any(kind_of(self.parts[n.name]).name == "batchnorm" for n in diagonal.nodes if isinstance(n, Call))
         if isinstance(core, Run):  # its padding, if any, is its first node's
             first = core.flow[0]

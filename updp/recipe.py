@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from updp.errors import Place, Problem, SpecError, suggest
-from updp.flow import Call, FlowModule, Node, Nodes, Parallel, Run, children, rebuild, walk
+from updp.flow import Call, FlowModule, Node, Nodes, Parallel, Run, rebuild, walk
 from updp.kinds import kind_of, out_channels_of
 from updp.layers import BatchNorm, Layout, conv_padding
 from updp.padding import Geometry, crop_conv, move_padding
 from updp.spec import Recipe, Resize
-from updp.structure import BoundBlock, evaluating
+from updp.structure import BoundBlock
+from updp.widths import misfit, widths_of
 
+_SHAPE_PRESERVING = ("norm", "norm_act", "batchnorm", "activation", "scale", "drop", "identity", "negate")
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
@@ -108,6 +110,7 @@ def prune(block: BoundBlock, recipe: Recipe, *, resized: bool = False) -> Pruned
     draft.chain_runs()
     draft.resize_now(all_of_them=resized)
     flow = PrunedFlow(draft, recipe)
+    draft.check_fit(flow)
     return flow
 
 
@@ -126,6 +129,8 @@ class _Draft:
         self.appended: list[str] = []
         self.pending: dict[str, Resize] = {}
         self.geometry: dict[str, Geometry] = {}
+        self.doubtful: list[tuple[str, Place | None]] = []  # changes that may not fit what stands around them
+        self._widths: dict[str, tuple[int, int]] | None = None
         example = next((p for p in block.module.parameters()), torch.zeros(()))
         self.factory: dict[str, Any] = {"device": example.device, "dtype": example.dtype}
         for name, part in self.parts.items():
@@ -169,50 +174,50 @@ class _Draft:
         module.train(self.training)
         self.parts[name] = module
         self.shared.discard(name)
-        if kind_of(module).name != "conv":
-            self.geometry.pop(name, None)
-        self.extras.pop(name, None)  # what the old step was called with besides the tensor
 
     def replace_steps(self) -> None:
-        channels: dict[str, int] | None = None
         for name, change in self.recipe.replace.items():
             if name not in self.parts:
                 if self._is_optional(name):
                     continue
                 raise self.problem(change.place, f"replace: {suggest(name, self.parts)}")
+            old = self.parts[name]
+            if kind_of(old).name not in _SHAPE_PRESERVING:
+                self.doubtful.append((f"replace: {name}", change.place))
             if change.target == "batchnorm":
-                channels = channels if channels is not None else self.channels_at()
-                self.own(name, self.new_batchnorm(channels[name], self.parts[name]))
+                self._refuse_hidden_activation(name, old, change.place)
+                self.own(name, self.new_batchnorm(self.channels_at(name), old))
             else:
                 self.own(name, _new_layer(change.target))
+            self.geometry.pop(name, None)
+            self.extras.pop(name, None)
             self.touched.add(name)
+
+    def _refuse_hidden_activation(self, name: str, old: nn.Module, place: Place | None) -> None:
+        """A norm with an activation inside that cannot be split off: a batch norm in its place would drop it."""
+        inside = getattr(old, "act", None)
+        if kind_of(old).name == "norm" and isinstance(inside, nn.Module) and not isinstance(inside, nn.Identity):
+            message = (
+                f"{type(old).__name__} is a norm and {type(inside).__name__} in one, which a batch norm would drop"
+            )
+            raise self.problem(place, f"replace: {name}: {message}")
 
     def _is_optional(self, name: str) -> bool:
         return name in self.block.optional or name.rsplit(".", 1)[0] in self.block.optional
 
-    def channels_at(self) -> dict[str, int]:
-        """Channels of the input of every step, from one run of the declared flow."""
-        found: dict[str, int] = {}
-        handles = []
-        flow = self.block.flow
-        for name, part in flow.named_parts.items():
-            layout = kind_of(part).layout
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Input and output channels of every step of the block's own flow, from one run of it."""
+        if self._widths is None:
+            self._widths = widths_of(self.block.flow, self.example_input())
+        return self._widths
 
-            def note(
-                module: nn.Module, args: tuple[Tensor, ...], name: str = name, layout: str | None = layout
-            ) -> None:
-                x = args[0]
-                here = layout or getattr(module, "layout", None) or _nearest_layout(flow, name)
-                found.setdefault(name, x.shape[1] if here == "first" and x.dim() == 4 else x.shape[-1])
+    def channels_at(self, name: str) -> int:
+        """Channels of the input of a step; a piece of a split norm has those of the norm."""
+        widths = self.widths()
+        return (widths.get(name) or widths.get(name.rsplit(".", 1)[0], (0, 0)))[0]
 
-            handles.append(part.register_forward_pre_hook(note))
-        with evaluating(flow), torch.no_grad():
-            flow(torch.zeros(self.block.input_shape, **self.factory))
-        for handle in handles:
-            handle.remove()
-        for name in self.parts:  # the pieces of a split norm-act
-            found.setdefault(name, found.get(name.rsplit(".", 1)[0], 0))
-        return found
+    def example_input(self) -> Tensor:
+        return torch.zeros(self.block.input_shape, **self.factory)
 
     def new_batchnorm(self, channels: int, old: nn.Module | None = None) -> BatchNorm:
         """A fresh batch norm; one that takes another norm's place keeps that norm's weight and bias."""
@@ -231,17 +236,22 @@ class _Draft:
                 module = self.new_batchnorm(self.block.channels[1]) if layer == "batchnorm" else _new_layer(layer)
                 if layer == "batchnorm" and item.after is not None:
                     module = self.new_batchnorm(self._channels_after(item.after, item.place))
+                    self.doubtful.append((f"append after {item.after}", item.place))
                 self.own(name, module)
                 self.appended.append(name)
                 calls.append(Call(name))
             self.nodes = self._insert(item.after, tuple(calls), item.place)
 
     def _channels_after(self, step: str, place: Place | None) -> int:
-        """Output channels of a step, told by the next operator before it."""
+        """Output channels of a step; of one that is new, told by what stands before it."""
+        old = self.block.flow.named_parts.keys() - self.recipe.replace.keys()
+        if step in old:
+            return self.widths()[step][1]
         found = self.block.channels[0]
         for node in walk(self.nodes):
             if isinstance(node, Call):
-                found = out_channels_of(self.parts[node.name]) or found
+                known = self.widths()[node.name][1] if node.name in old else out_channels_of(self.parts[node.name])
+                found = known or found
             if getattr(node, "name", None) == step and isinstance(node, Call):
                 return found
             if isinstance(node, Parallel) and node.name == step:
@@ -277,6 +287,9 @@ class _Draft:
     def resize_now(self, all_of_them: bool) -> None:
         for name, change in self.recipe.resize.items():
             conv = self.parts.get(name)
+            if name in self.recipe.replace and conv is not None:
+                replaced = self.recipe.replace[name].target
+                raise self.problem(change.place, f"resize: {name} is replaced by {replaced}: it has no kernel")
             if conv is None or name not in self.geometry:
                 convs = [n for n in self.parts if n in self.geometry]
                 raise self.problem(change.place, f"resize: {suggest(name, convs)}")
@@ -350,31 +363,18 @@ class _Draft:
             raise self.problem(place, f"merge: {', '.join(names)} are not steps of one flow")
         return wrapped
 
+    def check_fit(self, flow: PrunedFlow) -> None:
+        """Run the pruned flow where a change may not fit: other channels, another stride, further arguments."""
+        if self.doubtful and (found := misfit(flow, self.example_input(), self.block.output_shape)) is not None:
+            what = ", ".join(change for change, _ in self.doubtful)
+            raise self.problem(self.doubtful[0][1], f"{what}: the pruned block {found}")
+
     def is_affine(self, node: Node) -> bool:
         if isinstance(node, Call):
             return kind_of(self.parts[node.name]).affine is not None
         if isinstance(node, Parallel):
             return all(self.is_affine(inner) for flow in node.flows for inner in flow)
         return isinstance(node, Run)
-
-
-def _nearest_layout(flow: FlowModule, name: str) -> str:
-    """The layout around a step that works in either: what the program has reached there."""
-
-    def search(program: Nodes, current: str) -> str | None:
-        for node in program:
-            if isinstance(node, Call):
-                if node.name == name:
-                    return current
-            elif hasattr(node, "layout"):
-                current = node.layout
-            else:
-                for inner in children(node):
-                    if (found := search(inner, current)) is not None:
-                        return found
-        return None
-
-    return search(flow.program, flow.entry) or flow.entry
 
 
 def _new_layer(name: str) -> nn.Module:

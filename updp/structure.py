@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from updp import spec as language
 from updp.errors import Place, Problem, SpecError, suggest
-from updp.flow import Across, Call, FlowModule, Node, Nodes, Parallel
+from updp.flow import Across, Call, FlowModule, Node, Nodes, Parallel, map_tensors, part_key
 from updp.hooks import Hooks, is_own_method, resolve
 from updp.kinds import kind_of, scale_parameter
 from updp.layers import Layout, Negate, Scale
+from updp.problems import say_once
 from updp.spec import ArchSpec, BlockGroup
 
+_BATCH = 2  # images of the recorded forward pass
 _SLICE = re.compile(r"^(.*)\[(\d+):(\d+)\]$")
 
 
@@ -158,15 +160,15 @@ def bind(spec: ArchSpec, model: nn.Module, size: tuple[int, int, int] | None = N
     modules = {name: get_block(model, name) for name in groups}
     _check_one_class(groups, modules)
     calls = _record_calls(spec, model, groups, modules, size or spec.input)
-    problems: list[Problem] = []
+    problems: list[tuple[Sequence[str], Problem]] = []
     bound = {}
     for name in sorted(groups, key=lambda n: calls[n].order):
         try:
             bound[name] = _bind_block(spec, name, groups[name], modules[name], calls)
         except SpecError as error:
-            problems += error.problems
+            problems += [([name], problem) for problem in error.problems]
     if problems:
-        raise SpecError(list(dict.fromkeys(problems)))
+        raise SpecError(say_once(problems))
     return bound
 
 
@@ -218,19 +220,23 @@ def _record_calls(
             for opaque in _opaques(spec.structures[groups[name].structure]):
                 key = f"{name}:{opaque.path}"
                 hooks.step(module, opaque.path, lambda args, kwargs, key=key: before(key, args, kwargs))
-        parameter = next(model.parameters())
-        x = torch.zeros(2, *size, dtype=parameter.dtype, device=parameter.device)
-        with evaluating(model), torch.no_grad():
-            try:
-                model(x)
-            except (RuntimeError, AssertionError, ValueError) as error:
-                message = f"the model does not run on {list(size)}: {str(error).splitlines()[0]}"
-                raise SpecError([Problem(Place(spec.file), "input", message)]) from error
+        _run_once(spec, model, size)
     for name, group in groups.items():
         if name not in calls or not calls[name].output_shape:
             message = f"block {name} was not called with one tensor and one tensor out in the model's forward"
             raise SpecError([Problem(group.place, "blocks", message)])
     return calls
+
+
+def _run_once(spec: ArchSpec, model: nn.Module, size: tuple[int, int, int]) -> None:
+    parameter = next(model.parameters())
+    x = torch.zeros(_BATCH, *size, dtype=parameter.dtype, device=parameter.device)
+    with evaluating(model), torch.no_grad():
+        try:
+            model(x)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            message = f"the model does not run on {list(size)}: {str(error).splitlines()[0]}"
+            raise SpecError([Problem(Place(spec.file), "input", message)]) from error
 
 
 @contextmanager
@@ -279,6 +285,10 @@ class _Binder:
                 message = f"no such step in {type(self.block).__name__}: {suggest(item.path, self.names())}"
                 self.problems.append(Problem(item.place, self.where, message))
             return ()
+        if other := next((n for n in self.parts if n != item.path and part_key(n) == part_key(item.path)), None):
+            message = f"{item.path!r} and {other!r} cannot be told apart: dots count as underscores"
+            self.problems.append(Problem(item.place, self.where, message))
+            return ()
         self.parts[item.path] = module
         return (Call(item.path),)
 
@@ -314,7 +324,9 @@ def _bind_block(
     extras = {}
     opaques = {}
     for opaque in _opaques(flow):
-        if (call := calls.get(f"{name}:{opaque.path}")) is not None:
+        call = calls.get(f"{name}:{opaque.path}")
+        _check_opaque(opaque, call, where)
+        if call is not None:
             opaques[opaque.path] = (opaque, call.input_shape)
             if call.args or call.kwargs:
                 extras[opaque.path] = (call.args, call.kwargs)
@@ -334,6 +346,28 @@ def _bind_block(
         optional,
         opaques,
     )
+
+
+def _check_opaque(opaque: language.Opaque, call: _Called | None, where: str) -> None:
+    """What an opaque step says of itself must be testable, and what it was given must do for other batches.
+
+    Raises:
+        SpecError: it claims something and is never called; it is given a tensor with one entry per image.
+    """
+    if call is None:
+        if opaque.enters or opaque.leaves:
+            message = f"the claims of {opaque.path!r} cannot be tested: the block never calls it with a tensor first"
+            raise SpecError([Problem(opaque.place, where, message)])
+        return
+    given: list[Tensor] = []
+    map_tensors((call.args, call.kwargs), lambda tensor: given.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    for tensor in given:
+        if tensor.dim() and tensor.shape[0] in (_BATCH, call.input_shape[0]):
+            message = (
+                f"{opaque.path!r} is given a tensor {list(tensor.shape)} besides its input, with one entry per image"
+            )
+            message += f" (the recorded batch has {_BATCH}): it cannot be recorded for other batches"
+            raise SpecError([Problem(opaque.place, where, message)])
 
 
 def channels_of(module: nn.Module) -> int | None:

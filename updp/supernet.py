@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from updp.errors import InputError, suggest
+from updp.errors import InputError, Problem, SpecError, suggest
 from updp.kinds import kind_of
+from updp.problems import say_once
 from updp.recipe import PrunedFlow, prune
 from updp.spec import ArchSpec
 from updp.structure import BoundBlock, bind, create_model, evaluating, set_block
+from updp.subnet import KEEP as KEEP
 from updp.subnet import SubnetConfig
-
-KEEP = "keep"
 
 
 class ChoiceBlock(nn.Module):
@@ -99,9 +99,9 @@ class Supernet(nn.Module):
         self.bound = dict(bound)
         self.available: dict[str, tuple[str, ...]] = {}
         self._names: list[str] = []
+        flows = _prune_all(spec, bound, resized)
         for name, block in bound.items():
-            flows = {r: prune(block, spec.recipes[r], resized=resized) for r in block.group.recipes}
-            set_block(model, name, ChoiceBlock(block.module, flows))
+            set_block(model, name, ChoiceBlock(block.module, flows[name]))
             self._names.append(name)
             if recipes := tuple(r for r in block.group.recipes if spec.recipes[r].kind == "prune"):
                 self.available[name] = recipes
@@ -217,6 +217,21 @@ class Supernet(nn.Module):
                 assert isinstance(flow, PrunedFlow)
                 changed += [f"{name}.{step}" for step in flow.resize(progress, self.spec.schedule.finetune.epochs)]
         return changed
+
+
+def _prune_all(spec: ArchSpec, bound: Mapping[str, BoundBlock], resized: bool) -> dict[str, dict[str, PrunedFlow]]:
+    """The pruned flows of every block; what is wrong with the recipes is said of all blocks at once."""
+    flows: dict[str, dict[str, PrunedFlow]] = {name: {} for name in bound}
+    problems: list[tuple[Sequence[str], Problem]] = []
+    for name, block in bound.items():
+        for recipe in block.group.recipes:
+            try:
+                flows[name][recipe] = prune(block, spec.recipes[recipe], resized=resized)
+            except SpecError as error:
+                problems += [([name], problem) for problem in error.problems]
+    if problems:
+        raise SpecError(say_once(problems))
+    return flows
 
 
 def build_supernet(
