@@ -334,6 +334,7 @@ def test_steps_that_do_not_exist_are_listed_with_those_that_do():
         ),
         ("deit_digits", "mlp.act: batchnorm}", "mlp.act: batchnorm, attn: identity}", None),
         ("deit_digits", "mlp.act: batchnorm}", "mlp.act: batchnorm, attn: batchnorm}", None),
+        ("deit_digits", "mlp.act: batchnorm}", "mlp.act: batchnorm, attn: gelu}", None),
         ("deit_digits", "{opaque: attn, enters: attn.qkv, leaves: attn.proj}", "{opaque: forward}", "no such step"),
         ("deit_digits", "{opaque: attn, enters: attn.qkv, leaves: attn.proj}", "{opaque: __class__}", "no such step"),
     ],

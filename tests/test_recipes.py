@@ -707,3 +707,110 @@ def test_a_padded_1x1_behind_a_stride_is_refused():
     block = bind(spec, model)["conv1[3:7]"]
     with pytest.raises(MergeError, match="3, a padded 1x1 behind the strided 0"):
         prune(block, spec.recipes["two"])
+
+
+# --- blocks that no network of timm has ---
+
+TOY = """
+version: 1
+model: {timm: resnet18}
+input: [3, 6, 6]
+structures:
+  block: STRUCTURE
+recipes:
+  full: RECIPE
+blocks:
+  - {match: "0", structure: block, recipes: [full]}
+"""
+
+
+class ToyBlock(nn.Module):
+    """Steps with awkward names and arguments: a mask beside the input, a step that widens, a norm that activates."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.keys = nn.Conv2d(3, 3, 1)
+        self.values = nn.BatchNorm2d(3)
+        self.act = nn.ReLU()
+        self.widen = nn.Sequential(nn.Conv2d(3, 5, 1))
+        self.norm = timm.layers.LayerNormAct2d(5)
+        self.unused = nn.Sequential(nn.Conv2d(3, 3, 1))
+        self.mask = mask
+
+    def blur(self, x, mask):
+        return x * mask
+
+    def forward(self, x):
+        return self.norm(self.widen(self.blur(self.act(self.values(self.keys(x))), self.mask)))
+
+
+STEPS = "[keys, values, act, {opaque: blur}, {opaque: widen}, norm]"
+
+
+def toy_block(recipe: str, structure: str = STEPS, mask=None):
+    spec = parse(TOY.replace("STRUCTURE", structure).replace("RECIPE", recipe))
+    model = nn.Sequential(ToyBlock(torch.rand(6) if mask is None else mask)).eval()
+    return bind(spec, model)["0"], spec.recipes["full"]
+
+
+def test_recorded_tensors_follow_the_weights():
+    block, recipe = toy_block("{replace: {act: identity}, append: [relu]}")
+    block.flow.double()
+    flow = prune(block, recipe).double().eval()
+    merged, _ = merge_flow(flow, 3, claims_of(block))
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    block.module.mask = block.module.mask.double()
+    with torch.no_grad():
+        assert torch.equal(block.flow(x), block.module(x))
+        assert torch.allclose(merged(x), flow(x), rtol=1e-12)
+    assert block.flow.extras["blur"][0][0].dtype == torch.float64
+    assert merged.to(torch.float32).extras["blur"][0][0].dtype == torch.float32
+
+
+def test_a_recorded_tensor_with_an_entry_per_image_is_refused():
+    with pytest.raises(SpecError, match=r"'blur' is given a tensor .* with one entry per image") as caught:
+        toy_block("{append: [relu]}", mask=torch.rand(2, 1, 1, 1))
+    assert caught.value.problems[0].place.line == 6
+
+
+def test_a_claim_of_a_step_that_is_never_called_is_refused():
+    steps = STEPS.replace("norm]", "norm, {opaque: unused, enters: unused.0}]")
+    with pytest.raises(SpecError, match="claims of 'unused' cannot be tested") as caught:
+        toy_block("{append: [relu]}", steps)
+    assert caught.value.problems[0].place.line == 6
+
+
+def test_a_batch_norm_behind_a_step_that_widens_has_its_width():
+    block, recipe = toy_block("{append: [{after: widen, layers: [batchnorm]}]}")
+    assert prune(block, recipe).part("append.0").num_features == 5
+
+
+def test_a_norm_that_also_activates_is_not_replaced():
+    block, recipe = toy_block("{replace: {norm: batchnorm}}")
+    with pytest.raises(SpecError, match="LayerNormAct2d is a norm and ReLU in one"):
+        prune(block, recipe)
+
+
+def test_replacing_a_step_that_changes_the_shape_is_refused():
+    block, recipe = toy_block("{replace: {widen: identity, norm: identity}}")
+    with pytest.raises(SpecError, match=r"gives \[2, 3, 6, 6\], the block gives \[2, 5, 6, 6\]"):
+        prune(block, recipe)
+
+
+def test_diagonals_in_a_row_all_go_into_the_operator_behind():
+    """A norm and a scale with no operator before them."""
+    text = TOY.replace("resnet18", "convnext_atto").replace("6, 6", "64, 64").replace('"0"', '"stages.0.blocks.0"')
+    text = text.replace("STRUCTURE", "[norm, gamma, mlp.fc1, mlp.act]")
+    spec = parse(text.replace("RECIPE", "{replace: {norm: batchnorm}, append: [relu]}"))
+    block = blocks_of(spec)["stages.0.blocks.0"]
+    assert names(merge_block(block, spec.recipes["full"]).merged) == ["merged.0", "mlp.act", "append.0"]
+    assert is_exact(block, spec.recipes["full"])
+
+
+def test_one_mistake_is_told_once_for_all_blocks():
+    text = spec_of("convnext_digits").text.replace("conv_dw: 3}", "conv_dw: 9}")
+    with pytest.raises(
+        SpecError, match=r"blocks stages.0.blocks.0, stages.0.blocks.1, … \(10 blocks\): resize"
+    ) as caught:
+        build_supernet(parse(text))
+    assert [problem.where for problem in caught.value.problems] == ["recipes.full, recipes.pointwise"]
