@@ -272,14 +272,20 @@ def test_sigint_ends_a_real_process_with_130(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "updp", *arguments], cwd=ROOT, text=True, bufsize=1,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Whoever started the tests in the background may have had this signal ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    assert process.stdout is not None
-    for text in process.stdout:
-        if "epoch" in text:
-            break
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        assert process.stdout is not None
+        for text in process.stdout:
+            if "epoch" in text:
+                break
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "updp run" in err
