@@ -218,7 +218,7 @@ def test_dangerous_code_is_seen(code):
 
 
 def test_every_spec_is_found_by_listing():
-    files = sorted(path.relative_to(ROOT / "specs").with_suffix("").as_posix() for path in ROOT.glob("specs/**/*.yaml"))
+    files = sorted(path.stem for path in ROOT.glob("specs/*.yaml"))
     assert list_specs() == files
     assert len(files) == 8
     assert [load_spec(name).name for name in files] == files

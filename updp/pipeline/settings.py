@@ -58,7 +58,7 @@ def _rewrite(spec: ArchSpec, settings: Sequence[str]) -> ArchSpec:
         _put(document, key.strip().split("."), read_value(text, f"--set {setting}").plain(), setting)
     shown = f"{spec.name} with {' '.join(f'--set {setting}' for setting in settings)}"
     try:
-        changed = parse_spec(json.dumps(document, indent=2) + "\n", file=shown, name=spec.name)
+        changed = parse_spec(json.dumps(document, indent=2, ensure_ascii=False) + "\n", file=shown, name=spec.name)
     except SpecError as error:  # lines and columns of the rewritten text would help nobody
         raise InputError([replace(problem, place=Place(shown)) for problem in error.problems]) from None
     return replace(changed, file=spec.file)

@@ -158,7 +158,10 @@ class _Check:
         return name
 
     def unused(self) -> Iterator[Problem]:
-        """Structures and recipes that no block has. Not told while names in ``blocks`` may be misspelt."""
+        """Structures and recipes that no block has. Not told while names in ``blocks`` may be misspelt.
+
+        Of an included file a spec may use a part.
+        """
         groups = _items(self.usable, "blocks")
         if self.has_unknown_names or not groups or any(path[0] == "blocks" for path in self.damaged):
             return
@@ -167,8 +170,8 @@ class _Check:
         used["recipes"] = {link for name in listed for link in self.chain(name)}
         for section, names in self.named.items():
             for name, tree in names.items():
-                if name not in used[section]:
-                    place = self.tree.value[section].keys.get(name, tree.place)
+                place = self.tree.value[section].keys.get(name, tree.place)
+                if name not in used[section] and place.file == self.tree.place.file:
                     yield Problem(place, where((section, name)), "never used: no entry of `blocks` names it")
 
     def images(self) -> Iterator[Problem]:

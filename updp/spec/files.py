@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from updp.errors import Place, Problem, SpecError, UpdpError, suggest
+from updp.errors import Problem, SpecError, UpdpError, suggest
 from updp.frozen import FrozenMap
-from updp.spec import build
+from updp.spec import build, include
 from updp.spec.check import cross_problems
 from updp.spec.language import ArchSpec
 from updp.spec.schema import load_schema, schema_problems, without
 from updp.spec.settings import DEFAULT_SCHEDULE
-from updp.spec.tree import MAX_BYTES, Tree, read_tree
+from updp.spec.tree import Tree, read_text, read_tree
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -31,20 +31,21 @@ def specs_directory() -> Path:
 
 
 def list_specs() -> list[str]:
-    """Names of the shipped specs, sorted: paths below the specs directory, without suffix."""
-    root = specs_directory()
-    files = (path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in files)
+    """Names of the shipped specs, sorted: the files in the specs directory itself, without suffix."""
+    return sorted(path.stem for path in specs_directory().iterdir() if path.suffix in SUFFIXES and path.is_file())
 
 
 def load_spec(name_or_path: str | Path) -> ArchSpec:
-    """Load a shipped spec by its name, or any spec by its path.
+    """Load a shipped spec by its name, or any spec by its path, with what it includes.
 
     Raises:
-        SpecError: with all problems of the file, each with its line and column.
+        SpecError: with all problems of the file and of those that it includes, each with its line and column.
     """
     path, name = _find(name_or_path)
-    return parse_spec(_read(path), file=str(path), name=name)
+    text = read_text(path)
+    tree = read_tree(text, str(path))
+    whole = include.expand(tree, path, specs_directory())
+    return _make(whole, text if whole is tree else None, str(path), name)
 
 
 def _find(name_or_path: str | Path) -> tuple[Path, str]:
@@ -60,44 +61,37 @@ def _find(name_or_path: str | Path) -> tuple[Path, str]:
     return path, path.stem
 
 
-def _read(path: Path) -> str:
-    place = Place(str(path))
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise SpecError([Problem(place, "", f"cannot read the spec: {reason}")]) from None
-    if len(data) > MAX_BYTES:
-        raise SpecError([Problem(place, "", f"the file is larger than {MAX_BYTES // 1024} KiB")])
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = data[: error.start]
-        line, column = before.count(b"\n") + 1, len(before) - (before.rfind(b"\n") + 1) + 1
-        raise SpecError([Problem(Place(str(path), line, column), "", "not UTF-8 text")]) from None
-
-
 def parse_spec(text: str, *, file: str, name: str) -> ArchSpec:
-    """Make a spec from its text alone; ``file`` is only used in messages.
+    """Make a spec from its text alone, which includes nothing; ``file`` is only used in messages.
 
     Raises:
         SpecError: with all problems of the text.
     """
     tree = read_tree(text, file)
-    found = schema_problems(tree, load_schema(specs_directory()))
+    include.refuse(tree)
+    return _make(tree, text, file, name)
+
+
+def _make(tree: Tree, text: str | None, file: str, name: str) -> ArchSpec:
+    """Check a whole tree and make a spec of it; one that was put together (text None) is written out first."""
+    schema = load_schema(specs_directory())
+    found = schema_problems(tree, schema)
     problems = [problem for _, problem in found]
     if isinstance(tree.value, dict):
         damaged = [path for path, _ in found]
         problems += cross_problems(tree, without(tree, damaged), damaged)
     if problems:
-        raise SpecError(sorted(problems, key=_in_order))
+        raise SpecError(sorted(problems, key=lambda problem: _in_order(problem, file)))
+    if text is None:
+        tree = include.without_unused(tree)
+        text = include.text_of(tree, list(schema["properties"]))
     return _assemble(tree, text, file, name)
 
 
-def _in_order(problem: Problem) -> tuple[int, int]:
+def _in_order(problem: Problem, file: str) -> tuple[bool, int, int]:
+    """The file's own problems first, then those of what it includes."""
     place = problem.place
-    return (0, 0) if place is None else (place.line or 0, place.column or 0)
+    return (False, 0, 0) if place is None else (place.file != file, place.line or 0, place.column or 0)
 
 
 def _assemble(tree: Tree, text: str, file: str, name: str) -> ArchSpec:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -94,6 +95,29 @@ def scalar(text: str) -> Any:
             raise ValueError(f"got {text}, allowed: finite numbers")
         return number
     return text
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        SpecError: it cannot be read, is too large, or is not UTF-8.
+    """
+    place = Place(str(path))
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SpecError([Problem(place, "", f"cannot read the spec: {reason}")]) from None
+    if len(data) > MAX_BYTES:
+        raise SpecError([Problem(place, "", f"the file is larger than {MAX_BYTES // 1024} KiB")])
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        line, column = before.count(b"\n") + 1, len(before) - (before.rfind(b"\n") + 1) + 1
+        raise SpecError([Problem(Place(str(path), line, column), "", "not UTF-8 text")]) from None
 
 
 def read_tree(text: str, file: str) -> Tree:
