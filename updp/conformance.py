@@ -220,7 +220,7 @@ def _differs(block: BoundBlock, x: Tensor, training: bool, error: float, seed: i
     message += f" (relative difference {error:.1e})"
     if first is not None:
         message += f"; the first step that differs is {first!r}"
-    elif unused := [n for n in _leaves(own) if n not in names and _runs(own, n, x, block, seed)]:
+    elif unused := [n for n in _leaves(own, names) if _runs(own, n, x, block, seed)]:
         message += f"; every declared step agrees, so something is missing: {', '.join(unused[:6])} are not declared"
     else:
         message += "; every declared step agrees, so the way they are put together differs (a sum, a scale, a shortcut)"
@@ -268,8 +268,14 @@ def _unlike(mine: Tensor, theirs: Tensor | None) -> bool:
     return relative(mine.flatten().sort().values, theirs.flatten().sort().values) > TOLERANCE
 
 
-def _leaves(module: nn.Module) -> list[str]:
-    return [n for n, m in module.named_modules() if n and not list(m.children()) and kind_of(m).name != "identity"]
+def _leaves(module: nn.Module, declared: Sequence[str]) -> list[str]:
+    """The innermost modules that are neither declared nor part of one that is."""
+    return [
+        name
+        for name, part in module.named_modules()
+        if name and not list(part.children()) and kind_of(part).name != "identity"
+        if not any(name == step or name.startswith(f"{step}.") for step in declared)
+    ]
 
 
 def _runs(module: nn.Module, name: str, x: Tensor, block: BoundBlock, seed: int) -> bool:

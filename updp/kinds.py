@@ -112,7 +112,7 @@ def _negate(module: nn.Module, channels: int) -> Affine:
 
 _CONVS = (nn.Conv2d, PaddedConv2d, timm_layers.Conv2dSame, Conv2dSameExport)
 _LINEARS = (nn.Linear, timm_layers.Linear)
-_BATCHNORMS = (_BatchNorm, BatchNorm, nn.SyncBatchNorm)
+_BATCHNORMS = (_BatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, BatchNorm, nn.SyncBatchNorm)
 _NORMS_FIRST = (
     nn.GroupNorm, timm_layers.LayerNorm2d, timm_layers.LayerNorm2dFp32, LayerNormExp2d,
     timm_layers.RmsNorm2d, timm_layers.SimpleNorm2d, LayerNormAct2d, LayerNormAct2dFp32,
@@ -128,6 +128,25 @@ _ACTIVATIONS = (
 _DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, timm_layers.DropPath, timm_layers.DropBlock2d)
 
 
+TABLE: tuple[tuple[Kind, tuple[type[nn.Module], ...]], ...] = (
+    (Kind("conv", "first", _conv), _CONVS),
+    (Kind("linear", "last", _linear), _LINEARS),
+    (Kind("batchnorm", "first", _batchnorm), _BATCHNORMS),
+    (Kind("norm", "first"), _NORMS_FIRST),
+    (Kind("norm", "last"), _NORMS_LAST),
+    (Kind("norm_act", "first"), (BatchNormAct2d,)),
+    (Kind("activation"), _ACTIVATIONS),
+    (Kind("scale", None, _scale), (Scale,)),
+    (Kind("scale", "last", _scale), (timm_layers.LayerScale,)),
+    (Kind("scale", "first", _scale), (timm_layers.LayerScale2d,)),
+    (Kind("drop", None, _identity), _DROPS),
+    (Kind("identity", None, _identity), (nn.Identity,)),
+    (Kind("pad", "first", _pad), (Pad,)),
+    (Kind("negate", None, _negate), (Negate,)),
+)
+"""Every kind but ``opaque``, with the classes that are of it. Subclasses of the first three may be something else."""
+
+
 def kind_of(module: nn.Module) -> Kind:
     """The kind of a module; unknown modules and containers are opaque: run as they are, never merged."""
     if isinstance(module, nn.Conv2d):
@@ -135,9 +154,9 @@ def kind_of(module: nn.Module) -> Kind:
         return Kind("conv", "first", _conv) if plain else Kind("opaque", "first")
     if isinstance(module, nn.Linear):
         return Kind("linear", "last", _linear) if _computes_as(module, _LINEARS) else Kind("opaque", "last")
-    if isinstance(module, BatchNormAct2d):
-        return Kind("norm_act", "first")
-    return _norm_kind(module) or _simple_kind(module) or Kind("opaque")
+    if isinstance(module, _BatchNorm):
+        return _batchnorm_kind(module)
+    return next((kind for kind, classes in TABLE if isinstance(module, classes)), Kind("opaque"))
 
 
 def _computes_as(module: nn.Module, known: tuple[type[nn.Module], ...]) -> bool:
@@ -145,34 +164,9 @@ def _computes_as(module: nn.Module, known: tuple[type[nn.Module], ...]) -> bool:
     return any(type(module).forward is cls.forward for cls in known)
 
 
-def _norm_kind(module: nn.Module) -> Kind | None:
-    if isinstance(module, _BatchNorm):
-        own = isinstance(module, BatchNorm)  # works in either layout
-        fixed = module.running_mean is not None and _computes_as(module, _BATCHNORMS)
-        layout: Layout | None = None if own else "first"
-        return Kind("batchnorm", layout, _batchnorm) if fixed else Kind("norm", layout)
-    if isinstance(module, _NORMS_FIRST):
-        return Kind("norm", "first")
-    if isinstance(module, _NORMS_LAST):
-        return Kind("norm", "last")
-    return None
-
-
-def _simple_kind(module: nn.Module) -> Kind | None:
-    if isinstance(module, nn.Identity):
-        return Kind("identity", None, _identity)
-    if isinstance(module, _DROPS):
-        return Kind("drop", None, _identity)
-    if isinstance(module, _ACTIVATIONS):
-        return Kind("activation")
-    if isinstance(module, Scale):
-        return Kind("scale", None, _scale)
-    if isinstance(module, timm_layers.LayerScale):
-        return Kind("scale", "last", _scale)
-    if isinstance(module, timm_layers.LayerScale2d):
-        return Kind("scale", "first", _scale)
-    if isinstance(module, Pad):
-        return Kind("pad", "first", _pad)
-    if isinstance(module, Negate):
-        return Kind("negate", None, _negate)
-    return None
+def _batchnorm_kind(module: _BatchNorm) -> Kind:
+    if isinstance(module, BatchNormAct2d):
+        return Kind("norm_act", "first")
+    layout: Layout | None = None if isinstance(module, BatchNorm) else "first"  # ours works in either
+    fixed = module.running_mean is not None and _computes_as(module, _BATCHNORMS)
+    return Kind("batchnorm", layout, _batchnorm) if fixed else Kind("norm", layout)

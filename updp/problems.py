@@ -7,20 +7,25 @@ from collections.abc import Iterable, Sequence
 
 from updp.errors import Place, Problem
 
+_MEASURED = re.compile(r"\d\.\de[+-]\d\d|\[\d+(?:, \d+)+\]")  # a difference, a shape: another for each kind of block
 _LISTED = 4  # names of blocks that a message lists before it counts them
 
 
 def say_once(found: Iterable[tuple[Sequence[str], Problem]]) -> list[Problem]:
     """One problem per mistake: what is said of several blocks is said once, with their names.
 
+    What was measured, and at what shape, is told as it was for the first of them.
+
     Args:
         found: problems, each with the blocks that have it; its text names the first of them.
     """
     groups: dict[tuple[Place | None, str], list[tuple[Sequence[str], Problem]]] = {}
     for names, problem in found:
-        groups.setdefault((problem.place, _unnamed(problem.message, names[0])), []).append((names, problem))
+        mistake = _MEASURED.sub("", _unnamed(problem.message, names[0]))
+        groups.setdefault((problem.place, mistake), []).append((names, problem))
     problems = []
-    for (place, message), members in groups.items():
+    for (place, _), members in groups.items():
+        message = _unnamed(members[0][1].message, members[0][0][0])
         wheres = list(dict.fromkeys(_unnamed(problem.where, names[0]) for names, problem in members))
         text = ", ".join(wheres), message
         listing = members[0][0][0]

@@ -101,7 +101,7 @@ def create_model(
         kwargs["img_size"] = input[1:]
     if seed is not None:
         torch.manual_seed(seed)
-    place = Place(spec.file)
+    place = spec.model.place or Place(spec.file)
     if not timm.is_model(spec.model.name):
         similar = timm.list_models(f"{spec.model.name[:4]}*")
         raise SpecError([Problem(place, "model.timm", suggest(spec.model.name, similar or timm.list_models()[:5]))])
