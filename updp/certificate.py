@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from updp.flow import Across, Call, FlowModule, Nodes, Parallel, Run, rebuild, walk
 from updp.layers import Layout
 from updp.merging import MergedBlock, Segment, assemble, merge_blocks
-from updp.randomize import randomize
+from updp.randomize import randomize, settle
 from updp.structure import evaluating
 from updp.supernet import Supernet
 
@@ -121,13 +121,13 @@ def certify(
     """
     size = tuple(size or supernet.spec.input)
     exact = copy.deepcopy(supernet).double().eval()
-    if weights == "random":
-        randomize(exact, seed)
-    merged = merge_blocks(exact)
-    network = assemble(exact, merged)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, *size, generator=generator, dtype=torch.float64)
     x = x.to(next(exact.parameters()).device)
+    if weights == "random":
+        settle(randomize(exact, seed), lambda: exact(x))
+    merged = merge_blocks(exact)
+    network = assemble(exact, merged)
     ops: list[OpRecord] = []
     blocks: dict[str, float] = {}
     handles = [_certify_when_called(exact, block, weights, ops, blocks) for block in merged]

@@ -5,6 +5,8 @@ timm starts last norms at zero and layer scales at 1e-6: with them, a merge coul
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -44,6 +46,31 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
             else:
                 fill(parameter, -gain, gain)
     return module
+
+
+def settle(module: nn.Module, run: Callable[[], object]) -> None:
+    """Scale the random statistics of every batch norm to what arrives there, in the order of one run.
+
+    Statistics that know nothing of their input let a deep network without layer norms grow from block to block, until
+    a softmax only picks the largest: then rounding alone changes the output, and no merge could be told from a wrong
+    one.
+    """
+
+    def scale(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, _BatchNorm)
+        power = args[0].square().mean()
+        if norm.running_mean is not None and norm.running_var is not None and torch.isfinite(power) and power > 0:
+            norm.running_mean.mul_(power.sqrt())
+            norm.running_var.mul_(power)
+
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    handles = [norm.register_forward_pre_hook(scale) for norm in norms]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _is_bare_scale(module: nn.Module, parameter: nn.Parameter) -> bool:
