@@ -25,7 +25,7 @@ INSTALL_SOURCES := pyproject.toml constraints.txt CMakeLists.txt updp/__init__.p
 CXX_SOURCES     := $(wildcard csrc/*.cpp csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint format native clean
+.PHONY: help demo test test-all bench lint format docs native clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ format: $(VENV)/installed-dev  ## Rewrite Python and C++ in the house format
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+docs: $(VENV)/installed-dev  ## Write docs/spec.md from its template, the schema and the code
+	$(BIN)/python -m docs.generate
 
 native: $(VENV)/installed-dev  ## Build updp._C in place, for use of the source tree without an install
 	$(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
