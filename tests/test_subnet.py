@@ -46,6 +46,17 @@ def test_key_is_the_same_in_every_process_and_differs_between_configs():
     assert len({config.key() for config in others}) == 3
 
 
+def test_what_is_said_about_a_subnet_is_kept_and_means_nothing(tmp_path):
+    plain, told = read(), read(about="found by hand")
+    assert (plain, hash(plain), plain.key()) == (told, hash(told), told.key())
+    assert "about" not in plain.to_json()
+    assert json.loads(told.to_json())["about"] == "found by hand"
+    told.save(tmp_path / "net.json")
+    assert SubnetConfig.load(tmp_path / "net.json").about == "found by hand"
+    with pytest.raises(InputError, match="about: got 3, allowed: text"):
+        read(about=3)
+
+
 def test_choices_cannot_change():
     choices = {"blocks.1": "full"}
     config = SubnetConfig("small", choices)
@@ -80,7 +91,7 @@ def test_other_json_gives_an_input_error(data):
         ({"version": ...}, ["net.json: the key 'version' is missing"]),
         (
             {"spec": 3, "choice": {}},
-            ["got 'choice', allowed: version, spec, choices (did you mean", "spec: got 3, allowed"],
+            ["got 'choice', allowed: version, spec, choices, about (did you mean", "spec: got 3, allowed"],
         ),
         ({"choices": ["blocks.1"]}, ["net.json: choices: must be a mapping from block to choice"]),
         (

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from updp.spec import list_specs as list_specs
     from updp.spec import load_spec as load_spec
     from updp.subnet import SubnetConfig as SubnetConfig
+    from updp.subnet import list_subnets as list_subnets
+    from updp.subnet import load_subnet as load_subnet
     from updp.supernet import build_supernet as build_supernet
 
 # Public name -> the module that defines it (PEP 562).
@@ -30,8 +32,10 @@ _HOMES = {
     "build_supernet": "updp.supernet",
     "export": "updp.exporting",
     "list_specs": "updp.spec",
+    "list_subnets": "updp.subnet",
     "load": "updp.artefact",
     "load_spec": "updp.spec",
+    "load_subnet": "updp.subnet",
     "merge": "updp.certificate",
     "verify": "updp.artefact",
 }

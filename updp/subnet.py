@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from updp.frozen import FrozenMap
 VERSION = 1
 KEEP = "keep"
 MAX_BYTES = 1 << 20
+SUFFIX = ".json"
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class SubnetConfig:
     """The choice of every block that is not kept, for the spec of this name.
 
     Blocks may be given with the choice ``"keep"``; they are left out, and the rest is sorted by block, so two
-    configs that mean the same are equal and have one hash and one JSON text.
+    configs that mean the same are equal and have one hash and one JSON text. ``about`` is for people: where the
+    choices come from. It is written and read again, and is no part of what the config means.
     """
 
     spec: str
     choices: Mapping[str, str]
     version: int = VERSION
+    about: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         pruned = {block: choice for block, choice in sorted(self.choices.items()) if choice != KEEP}
@@ -50,7 +53,9 @@ class SubnetConfig:
 
     def to_json(self) -> str:
         """The text of a subnet file."""
-        data = {"version": self.version, "spec": self.spec, "choices": dict(self.choices)}
+        data: dict[str, Any] = {"version": self.version, "spec": self.spec}
+        data |= {"about": self.about} if self.about else {}
+        data["choices"] = dict(self.choices)
         return json.dumps(data, indent=2) + "\n"
 
     @classmethod
@@ -115,6 +120,52 @@ class SubnetConfig:
             raise InputError(problems)
 
 
+def list_subnets() -> list[str]:
+    """Names of the shipped subnets, sorted: the name of their spec, a slash, their own."""
+    root = _directory()
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.glob(f"*/*{SUFFIX}"))
+
+
+def load_subnet(name_or_path: str | Path, spec: str | None = None) -> SubnetConfig:
+    """Load a shipped subnet by its name, or any subnet file by its path.
+
+    Args:
+        name_or_path: a `Path` is always a file.
+        spec: the name of a spec, whose subnets may be named without it.
+
+    Raises:
+        InputError: there is no such subnet, or its file is wrong.
+    """
+    return SubnetConfig.load(find_subnet(name_or_path, spec))
+
+
+def find_subnet(name_or_path: str | Path, spec: str | None = None) -> Path:
+    """The file that `load_subnet` reads; it is there if it was named.
+
+    Raises:
+        InputError: there is no such subnet.
+    """
+    path = Path(name_or_path)
+    if isinstance(name_or_path, Path):
+        return path
+    names = list_subnets()
+    for name in (name_or_path, f"{spec}/{name_or_path}"):
+        if name in names:
+            return _directory() / f"{name}{SUFFIX}"
+    if path.suffix != SUFFIX and not path.is_file():
+        own = [name.partition("/")[2] for name in names if name.startswith(f"{spec}/")]
+        allowed = own if "/" not in name_or_path and own else names
+        raise InputError(f"no such subnet: {suggest(name_or_path, allowed)}, or the path of a {SUFFIX} file")
+    return path
+
+
+def _directory() -> Path:
+    """Where the shipped subnets are: beside the specs, which are found by the code that reads YAML."""
+    from updp.spec.files import specs_directory
+
+    return specs_directory() / "subnets"
+
+
 def _parse(text: str, file: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -138,13 +189,16 @@ def _from_data(data: Any, file: str) -> SubnetConfig:
     if not isinstance(data, dict):
         raise InputError([Problem(place, "", 'allowed: {"version": 1, "spec": NAME, "choices": {BLOCK: RECIPE}}')])
     keys = ("version", "spec", "choices")
-    problems = [Problem(place, "", f"unknown key: {suggest(key, keys)}") for key in data if key not in keys]
+    known = (*keys, "about")
+    problems = [Problem(place, "", f"unknown key: {suggest(key, known)}") for key in data if key not in known]
     problems += [Problem(place, "", f"the key {key!r} is missing") for key in keys if key not in data]
     version, spec, choices = (data.get(key) for key in keys)
     if "version" in data and (version != VERSION or isinstance(version, bool)):
         problems.append(Problem(place, "version", f"got {version!r}, allowed: {VERSION}"))
     if "spec" in data and not isinstance(spec, str):
         problems.append(Problem(place, "spec", f"got {spec!r}, allowed: the name of a spec"))
+    if not isinstance(data.get("about", ""), str):
+        problems.append(Problem(place, "about", f"got {data['about']!r}, allowed: text"))
     recipes: dict[str, str] = {}
     if isinstance(choices, dict):
         for block, choice in choices.items():
@@ -153,7 +207,7 @@ def _from_data(data: Any, file: str) -> SubnetConfig:
         problems.append(Problem(place, "choices", "must be a mapping from block to choice"))
     if problems:
         raise InputError(problems)
-    return SubnetConfig(str(spec), recipes)
+    return SubnetConfig(str(spec), recipes, about=data.get("about", ""))
 
 
 def _read_choice(block: str, choice: Any, recipes: dict[str, str], place: Place) -> list[Problem]:

@@ -116,6 +116,11 @@ class Supernet(nn.Module):
             found[name] = block
         return found
 
+    @property
+    def recipes(self) -> dict[str, tuple[str, ...]]:
+        """Block name -> all its recipes, those too that only reparameterize: what a subnet may choose."""
+        return {name: self.bound[name].group.recipes for name in self._names}
+
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.model(x)
         return out
@@ -163,7 +168,7 @@ class Supernet(nn.Module):
         Raises:
             InputError: the config is another spec's, or names blocks or recipes that do not exist.
         """
-        config.check(self.spec.name, {name: self.bound[name].group.recipes for name in self._names})
+        config.check(self.spec.name, self.recipes)
         for name, block in self.blocks.items():
             block.active = config.choice(name)
         self._subnet = config

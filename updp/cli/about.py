@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from updp import __version__
 from updp.cli.console import guarded, line, out, print_json, table
@@ -18,16 +20,18 @@ _LIBRARIES = ("torch", "timm", "accelerate", "safetensors", "pymoo", "onnx", "on
 
 @guarded()
 def list_specs(json: Json = False) -> None:
-    """Show the shipped specs: networks that updp knows how to make shallower."""
+    """Show the shipped specs: networks that updp knows how to make shallower; and the blocks that papers prune."""
     from updp.spec import list_specs, load_spec
 
+    subnets = list(_subnets())
     rows: list[dict[str, Any]] = []
     for name in list_specs():
         spec = load_spec(name)
         recipes = {recipe: spec.recipes[recipe].kind for group in spec.blocks for recipe in group.recipes}
         patterns = [pattern for group in spec.blocks for pattern in group.match]
         rows.append({"spec": name, "model": spec.model.name, "input": list(spec.input), "recipes": list(recipes),
-                     "blocks": patterns, "file": spec.file})  # fmt: skip
+                     "blocks": patterns, "file": spec.file,
+                     "subnets": [subnet for subnet in subnets if subnet["spec"] == name]})  # fmt: skip
     if json:
         print_json(rows)
         return
@@ -36,7 +40,28 @@ def list_specs(json: Json = False) -> None:
         shown.add_row(str(row["spec"]), "" if row["model"] == row["spec"] else str(row["model"]), _size(row["input"]),
                       ", ".join(row["recipes"]), ", ".join(row["blocks"]))  # fmt: skip
     out.print(shown)
+    _show_subnets(subnets)
     line(out, "\nTry one: ", f"{program()} check {rows[0]['spec']}", rest="bold")
+    if subnets:
+        line(out, "     or: ", f"{program()} count {subnets[0]['spec']} --subnet {subnets[0]['name']}", rest="bold")
+
+
+def _subnets() -> Iterator[dict[str, Any]]:
+    from updp.subnet import list_subnets, load_subnet
+
+    for name in list_subnets():
+        subnet = load_subnet(name)
+        yield {"subnet": name, "spec": subnet.spec, "name": name.partition("/")[2], "pruned": len(subnet.pruned),
+               "about": subnet.about}  # fmt: skip
+
+
+def _show_subnets(subnets: Sequence[dict[str, Any]]) -> None:
+    """Which blocks to prune of which spec; of what is known about it, the first sentence: where it comes from."""
+    shown = table("subnet", ">blocks", "~from")
+    for row in subnets:
+        source = str(row["about"]).partition(". ")[0].removesuffix(".")
+        shown.add_row(str(row["subnet"]), str(row["pruned"]), Text(source, "dim"))
+    out.print("", shown)
 
 
 def _size(input: list[int]) -> str:

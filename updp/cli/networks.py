@@ -33,7 +33,10 @@ Settings = Annotated[
 Weights = Annotated[
     Path | None, typer.Option(metavar="W", help="Trained weights of the spec's network: safetensors or a state dict.")
 ]
-Subnet = Annotated[Path | None, typer.Option(metavar="FILE", help="A subnet file; all blocks are kept without one.")]
+Subnet = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|FILE", help="A shipped subnet (see `updp list`) or a file; without it all is kept."),
+]
 Network = Annotated[Path, typer.Argument(metavar="PATH", help="A network saved by updp (.safetensors).")]
 
 
@@ -87,14 +90,16 @@ def evaluate(
 @guarded()
 def merge(
     target: Annotated[str, typer.Argument(metavar="DIR|SPEC", help="The directory of a run, or a spec.")],
-    subnet: Annotated[Path | None, typer.Option(metavar="FILE", help="Which blocks to prune (with a spec).")] = None,
+    subnet: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="Which blocks to prune (with a spec): see `updp list`.")
+    ] = None,
     weights: Weights = None,
     out_path: Annotated[
         Path | None, typer.Option("--out", metavar="NET.safetensors", help="Where to (with a spec).")
     ] = None,
     settings: Settings = None,
 ) -> None:
-    """Do the stage merge of a run; or merge a spec's network as a subnet file says, without training.
+    """Do the stage merge of a run; or merge a spec's network as a subnet says, without training.
 
     A subnet file: {"version": 1, "spec": "SPEC", "choices": {"BLOCK": "RECIPE", …}}; other blocks are kept.
     """
@@ -134,10 +139,11 @@ batch norm that is left; papers use 0, 1, 2 or 5.")] = 0,
     """Count multiply-accumulates, parameters and depth of a network, merged where a subnet prunes it."""
     from updp.pipeline.settings import resolve
     from updp.spec import load_spec
-    from updp.subnet import SubnetConfig
+    from updp.subnet import SubnetConfig, find_subnet
 
     arch = resolve(load_spec(spec), settings or [])
-    config = None if subnet is None else SubnetConfig.load(subnet)
+    file = None if subnet is None else find_subnet(subnet, arch.name)
+    config = None if file is None else SubnetConfig.load(file)
     given = parse_size(size, arch.input[0])
     from updp import oracle, supernet  # slow to import: bad input is answered before
 
@@ -145,7 +151,7 @@ batch norm that is left; papers use 0, 1, 2 or 5.")] = 0,
         result = oracle.count_subnet(arch, size=given, bn_weight=bn_weight)
     else:
         network = supernet.build_supernet(arch, resized=True, size=given or arch.input)
-        config.check(arch.name, network.available, subnet)
+        config.check(arch.name, network.recipes, file)
         network.set_subnet(config)
         result = oracle.count_supernet(network, given, bn_weight=bn_weight)
     if json:

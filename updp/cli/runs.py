@@ -27,7 +27,8 @@ Weights = Annotated[
     Path | None, typer.Option(metavar="W", help="Trained weights of the network; they take baseline's place.")
 ]
 Subnet = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Which blocks to prune; it takes supernet's and search's place.")
+    str | None,
+    typer.Option(metavar="NAME|FILE", help="Which blocks to prune, in place of supernet and search: see `updp list`."),
 ]
 Settings = Annotated[
     list[str] | None,

@@ -25,7 +25,7 @@ from updp.pipeline.watch import Watch
 from updp.spec import STAGES as TRAINING
 from updp.spec import ArchSpec, load_spec
 from updp.structure import create_model
-from updp.subnet import SubnetConfig
+from updp.subnet import SubnetConfig, find_subnet
 from updp.supernet import Supernet, build_supernet
 from updp.train.factory import PRECISIONS, make_optimizer, make_scheduler
 
@@ -43,7 +43,7 @@ class Request:
     prune: int | None = None
     recipe: str | None = None
     weights: Path | None = None
-    subnet: Path | None = None
+    subnet: str | Path | None = None
     settings: Sequence[str] = ()
     seed: int | None = None
     threads: int | None = None
@@ -284,14 +284,18 @@ def _check_choice(request: Request, supernet: Supernet) -> tuple[SubnetConfig | 
     return None, request.prune
 
 
-def read_subnet(file: Path, supernet: Supernet) -> SubnetConfig:
-    """A subnet file, checked against a network.
+def read_subnet(name_or_path: str | Path, supernet: Supernet) -> SubnetConfig:
+    """A shipped subnet or a subnet file, checked against a network.
+
+    Args:
+        name_or_path: subnets of the network's own spec may be named without it.
 
     Raises:
         InputError: with all its problems, each with the file's name.
     """
+    file = find_subnet(name_or_path, supernet.spec.name)
     subnet = SubnetConfig.load(file)
-    subnet.check(supernet.spec.name, supernet.available, file)
+    subnet.check(supernet.spec.name, supernet.recipes, file)
     return subnet
 
 

@@ -83,11 +83,12 @@ class Merged:
 
 
 def merge_spec(
-    name: str, subnet: Path, weights: Path | None, out: Path, settings: Sequence[str] = (), seed: int = 0
+    name: str, subnet: str | Path, weights: Path | None, out: Path, settings: Sequence[str] = (), seed: int = 0
 ) -> Merged:
-    """Merge a spec's network as a subnet file says, without training, and save it.
+    """Merge a spec's network as a subnet says, without training, and save it.
 
     Args:
+        subnet: the name of a shipped one, or a file.
         weights: of the baseline; every parameter and statistic is random without them.
 
     Raises:
