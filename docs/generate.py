@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,25 @@ def code(value: object) -> str:
 def rows(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     parts = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in parts)
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in parts)
+
+
+def cell(text: str) -> str:
+    """A text without bars and, but in code, without stars that Markdown would read."""
+    pieces = text.replace("|", "\\|").split("`")
+    return "`".join(piece if index % 2 else piece.replace("*", "\\*") for index, piece in enumerate(pieces))
+
+
+def with_names(page: str) -> str:
+    """The page with each file's name above the file: what stands behind a fence is not shown."""
+    seen: set[str] = set()
+
+    def named(fence: re.Match[str]) -> str:
+        name, again = fence["name"], fence["name"] in seen
+        seen.add(name)
+        return f"**{name}**{', the part that changes' if again else ''}:\n\n{fence[0]}"
+
+    return re.sub(r"^```\w+ (?P<name>\S+)$", named, page, flags=re.MULTILINE)
 
 
 class Schema:
@@ -272,7 +291,7 @@ def render(template: str) -> str:
         "refused": ", ".join(code(n) for n in language.section("model")["propertyNames"]["not"]["enum"]),
         "reserved": " and ".join(code(n) for n in language.definitions["recipe_name"]["allOf"][1]["not"]["enum"]),
     }  # fmt: skip
-    return environment.from_string(template).render(names)
+    return with_names(environment.from_string(template).render(names))
 
 
 def main() -> None:
