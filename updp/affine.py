@@ -50,8 +50,8 @@ Padding: TypeAlias = Pads | Same
 
 
 def same_padding(kernel_size: Pair, stride: Pair, dilation: Pair) -> Padding:
-    """SAME padding; at stride 1 it does not depend on the size and becomes four integers."""
-    if stride == (1, 1):
+    """SAME padding; at stride 1, and of a 1x1, it does not depend on the size and becomes four integers."""
+    if stride == (1, 1) or kernel_size == (1, 1):
         totals = [(k - 1) * d for k, d in zip(kernel_size, dilation, strict=True)]
         return (totals[0] // 2, totals[0] - totals[0] // 2, totals[1] // 2, totals[1] - totals[1] // 2)
     return Same(kernel_size, stride, dilation)
