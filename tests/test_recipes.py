@@ -705,7 +705,7 @@ def test_a_padded_1x1_behind_a_stride_is_refused():
     model.conv1[3].stride = (2, 2)
     model.conv1[6] = nn.Conv2d(32, 64, 1, padding=1)
     block = bind(spec, model)["conv1[3:7]"]
-    with pytest.raises(MergeError, match="3, a padded 1x1 behind the strided 0"):
+    with pytest.raises(MergeError, match=r"the padding of 0, 3 cannot move .* behind a stride"):
         prune(block, spec.recipes["two"])
 
 
@@ -814,3 +814,71 @@ def test_one_mistake_is_told_once_for_all_blocks():
     ) as caught:
         build_supernet(parse(text))
     assert [problem.where for problem in caught.value.problems] == ["recipes.full, recipes.pointwise"]
+
+
+# --- structures that only random ones met ---
+
+
+class Loose(nn.Module):
+    """Submodules without a forward pass of their own: recipes work on what is declared."""
+
+    def __init__(self, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return x
+
+
+def loose_block(structure: str, recipe: str, **modules):
+    spec = parse(TOY.replace("STRUCTURE", structure).replace("RECIPE", recipe).replace("6, 6]", "13, 18]"))
+    block = bind(spec, nn.Sequential(Loose(**modules)).double().eval())["0"]
+    return block, spec.recipes["full"]
+
+
+def conv3(stride=1, padding=1, inp=3, out=3, kernel=3):
+    return nn.Conv2d(inp, out, kernel, stride, padding)
+
+
+@pytest.mark.parametrize(
+    ("structure", "modules"),
+    [
+        ("[{sum: [[a], [c]]}, b]", {"a": conv3(2), "c": conv3(2, 0, kernel=1), "b": conv3()}),
+        ("[a, b, c]", {"a": conv3(2), "b": conv3(1, 0), "c": conv3()}),
+        ("[a, b]", {"a": conv3(1, 0), "b": timm.layers.Conv2dSame(3, 3, 3, stride=2)}),
+    ],
+)
+def test_padding_does_not_move_where_the_map_would_change_its_size(structure, modules):
+    block, recipe = loose_block(structure, "{kind: reparam}", **modules)
+    with pytest.raises(MergeError, match=r"the padding of .* cannot move .* the map would have another size"):
+        prune(block, recipe)
+
+
+@pytest.mark.parametrize("front", [[], [nn.Conv2d(3, 3, 1)]])
+def test_a_stride_stays_where_the_map_would_change_its_size(front):
+    """An unpadded 3x3 behind it: at the end of the run the stride would leave another number of pixels."""
+    modules = {"abc"[i]: module for i, module in enumerate([*front, conv3(2), conv3(1, 0)])}
+    block, recipe = loose_block(f"[{', '.join(modules)}]", "{kind: reparam}", **modules)
+    flow = prune(block, recipe)
+    x = random_input(block)
+    with torch.no_grad():
+        assert flow.eval()(x).shape == block.flow(x).shape
+    assert [part.stride for part in flow.named_parts.values() if isinstance(part, nn.Conv2d)][-2:] == [(2, 2), (1, 1)]
+    assert is_exact(block, recipe)
+
+
+def test_a_step_that_stands_twice_keeps_its_padding():
+    block, recipe = loose_block("[a, b, act, b]", "{kind: reparam}", a=conv3(), b=conv3(), act=nn.ReLU())
+    with pytest.raises(MergeError, match="b stands in the flow 2 times"):
+        prune(block, recipe)
+    pointwise, recipe = loose_block("[a, b, act, b]", "{kind: reparam}", a=conv3(), b=nn.Conv2d(3, 3, 1), act=nn.ReLU())
+    assert is_exact(pointwise, recipe)
+
+
+@pytest.mark.parametrize("recipe", ["{kind: reparam}", "{kind: reparam, resize: {b: 1}, padding: keep}"])
+def test_a_bias_per_tap_is_never_dropped(recipe):
+    tapped = PaddedConv2d(3, 3, 3, pads=(1, 1, 1, 1), tap_bias=True)
+    block, recipe = loose_block("[a, b]", recipe, a=conv3(), b=tapped)
+    with pytest.raises(MergeError, match="b has a bias per tap"):
+        prune(block, recipe, resized=True)
