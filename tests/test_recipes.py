@@ -882,3 +882,32 @@ def test_a_bias_per_tap_is_never_dropped(recipe):
     block, recipe = loose_block("[a, b]", recipe, a=conv3(), b=tapped)
     with pytest.raises(MergeError, match="b has a bias per tap"):
         prune(block, recipe, resized=True)
+
+
+def test_a_sum_with_units_is_composed_on_one_device():
+    """A branch without weights is computed where the others are: with weights on meta, or on an accelerator."""
+    block, recipe = loose_block(
+        "[a, {sum: [[drop], [b]]}]", "{kind: reparam}", a=conv3(), b=nn.Conv2d(3, 3, 1), drop=nn.Dropout()
+    )
+    flow = prune(block, recipe)
+    hollow, _ = merge_flow(flow, 3, values=False)
+    assert hollow.part("merged.0").weight.is_meta
+    assert is_exact(block, recipe)
+
+
+def test_a_unit_behind_an_opaque_step_has_the_width_there():
+    block, recipe = loose_block(
+        "[{opaque: widen}, {sum: [[], [a]]}, b]",
+        "{kind: reparam}",
+        widen=nn.Sequential(nn.Conv2d(3, 5, 1)),
+        a=conv3(inp=5, out=5),
+        b=nn.Conv2d(5, 2, 1),
+    )
+    assert is_exact(block, recipe)
+
+
+def test_refusals_in_a_sum_say_where():
+    same = timm.layers.Conv2dSame(3, 3, 3, stride=2)
+    block, recipe = loose_block("[{sum: [[a], [b]], as: mix}]", "{kind: reparam}", a=same, b=conv3(2, 0, kernel=1))
+    with pytest.raises(MergeError, match="at mix: SAME padding with stride > 1 and another branch"):
+        merge_flow(prune(block, recipe), 3)

@@ -7,6 +7,7 @@ of `Segment`s, so that `updp.certificate` can hold every one of them against its
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,7 @@ from updp.flow import Across, Call, FlowModule, Node, Nodes, Parallel, Run, walk
 from updp.kinds import kind_of, out_channels_of
 from updp.layers import make_conv
 from updp.recipe import PrunedFlow
-from updp.structure import BoundBlock, MethodStep
+from updp.structure import BoundBlock, MethodStep, channels_of
 from updp.subnet import KEEP
 from updp.supernet import Supernet
 
@@ -190,7 +191,8 @@ class _Merger:
         node = nodes[0]
         if len(nodes) == 1 and isinstance(node, Call):
             return Segment(nodes, nodes), out_channels_of(self.parts[node.name]) or channels
-        composed = affine_of(nodes, self.sources, channels)
+        first = (channels_of(self.sources[n.name]) for n in walk(nodes) if isinstance(n, Call))
+        composed = affine_of(nodes, self.sources, next(filter(None, first), channels))
         name = f"merged.{self.merged_names}"
         self.merged_names += 1
         self.parts[name] = self.module(composed, nodes)
@@ -247,43 +249,43 @@ def _without_values(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {n: copy.deepcopy(part).to("meta") if n in affine_parts else part for n, part in parts.items()}
 
 
-def affine_of(nodes: Nodes, parts: Mapping[str, nn.Module], channels: int) -> Affine:
-    """The one operator that a chain of affine nodes computes, float64.
+def affine_of(
+    nodes: Nodes, parts: Mapping[str, nn.Module], channels: int, device: torch.device | None = None
+) -> Affine:
+    """The one operator that a chain of affine nodes computes, float64, on the device of the whole chain's weights.
 
     Raises:
         MergeError: with the step at which exactness would be lost.
     """
-    device = _device_of(nodes, parts)
+    device = _device_of(nodes, parts) if device is None else device
     total: Affine | None = None
     for node in nodes:
-        width = channels if total is None else total.out_channels
-        if isinstance(node, Call):
-            form = kind_of(parts[node.name]).affine
-            if form is None:
-                raise MergeError(f"{node.name} is not affine")
-            current = form(parts[node.name], width)
-        elif isinstance(node, Run):
-            current = affine_of(node.flow, parts, width)
-        elif isinstance(node, Parallel):
-            unit = affine.identity(width)
-            branches = [affine_of(flow, parts, width) if flow else unit.to(device) for flow in node.flows]
-            current = branches[0]
-            for branch in branches[1:]:
-                current = affine.add(current, branch)
-        else:
-            raise MergeError(f"{type(node).__name__} is not affine")
         try:
-            total = current.to(device) if total is None else affine.compose(current.to(device), total)
+            current = _affine_of_one(node, parts, channels if total is None else total.out_channels, device)
+            total = current if total is None else affine.compose(current, total)
         except MergeError as error:
             raise MergeError(f"at {getattr(node, 'name', None) or 'a sum'}: {error}") from None
     assert total is not None
     return total
 
 
+def _affine_of_one(node: Node, parts: Mapping[str, nn.Module], channels: int, device: torch.device) -> Affine:
+    if isinstance(node, Parallel):
+        unit = affine.identity(channels).to(device)
+        return functools.reduce(affine.add, [affine_of(f, parts, channels, device) if f else unit for f in node.flows])
+    if isinstance(node, Run):
+        return affine_of(node.flow, parts, channels, device)
+    form = kind_of(parts[node.name]).affine if isinstance(node, Call) else None
+    if form is None:
+        raise MergeError("not affine")
+    assert isinstance(node, Call)
+    return form(parts[node.name], channels).to(device)
+
+
 def _device_of(nodes: Nodes, parts: Mapping[str, nn.Module]) -> torch.device:
     """Where a chain's weights are; units have none of their own."""
     modules = (parts[node.name] for node in walk(nodes) if isinstance(node, Call))
-    return next((t.device for m in modules for t in m.parameters()), torch.device("cpu"))
+    return next((t.device for m in modules for t in (*m.parameters(), *m.buffers())), torch.device("cpu"))
 
 
 def fold_into(module: nn.Module, step: str, path: str, diagonal: Affine, inside: bool) -> None:
