@@ -911,3 +911,28 @@ def test_refusals_in_a_sum_say_where():
     block, recipe = loose_block("[{sum: [[a], [b]], as: mix}]", "{kind: reparam}", a=same, b=conv3(2, 0, kernel=1))
     with pytest.raises(MergeError, match="at mix: SAME padding with stride > 1 and another branch"):
         merge_flow(prune(block, recipe), 3)
+
+
+@pytest.mark.parametrize("merge", ["[[b, c], [a, d]]", "[[a, b], [b, d]]", "[[a, d], [b, c]]", "[[a, b, c], [c, d]]"])
+def test_merges_that_overlap_are_one(merge):
+    block, recipe = loose_block(
+        "[a, b, c, d]", f"{{kind: reparam, merge: {merge}}}", a=conv3(), b=conv3(), c=conv3(), d=conv3(2)
+    )
+    flow = prune(block, recipe)
+    assert flow.part("pad.a").padding == (4, 4, 4, 4)
+    assert sum(isinstance(node, Run) for node in walk(flow.nodes)) == 1
+    assert is_exact(block, recipe)
+
+
+def test_a_batch_norm_behind_a_new_step_of_a_branch_has_the_width_of_that_branch():
+    block, recipe = loose_block(
+        "[{sum: [[a, b], [act, c]], as: mix}, d]",
+        "{replace: {act: relu}, append: [{after: act, layers: [batchnorm]}, {after: mix, layers: [batchnorm]}]}",
+        a=conv3(out=5),
+        b=conv3(inp=5, out=5),
+        act=nn.GELU(),
+        c=conv3(out=5),
+        d=conv3(inp=5),
+    )
+    flow = prune(block, recipe)
+    assert [flow.part(f"append.{i}").num_features for i in (0, 1)] == [3, 5]

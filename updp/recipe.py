@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from updp.errors import Place, Problem, SpecError, suggest
-from updp.flow import Call, FlowModule, Node, Nodes, Parallel, Run, rebuild, walk
+from updp.flow import Call, FlowModule, Node, Nodes, Parallel, Run, children, rebuild, walk
 from updp.kinds import kind_of, out_channels_of
 from updp.layers import BatchNorm, Layout, conv_padding
 from updp.padding import Geometry, crop_conv, move_padding
@@ -243,23 +243,25 @@ class _Draft:
             self.nodes = self._insert(item.after, tuple(calls), item.place)
 
     def _channels_after(self, step: str, place: Place | None) -> int:
-        """Output channels of a step; of one that is new, told by what stands before it."""
+        """Output channels of a step or sum; of one that is new, told by what stands before it."""
         old = self.block.flow.named_parts.keys() - self.recipe.replace.keys()
-        if step in old:
-            return self.widths()[step][1]
-        found = self.block.channels[0]
-        for node in walk(self.nodes):
-            if isinstance(node, Call):
-                known = self.widths()[node.name][1] if node.name in old else out_channels_of(self.parts[node.name])
-                found = known or found
-            if getattr(node, "name", None) == step and isinstance(node, Call):
-                return found
-            if isinstance(node, Parallel) and node.name == step:
-                inner = [
-                    out_channels_of(self.parts[n.name]) for f in node.flows for n in walk(f) if isinstance(n, Call)
-                ]
-                return next((c for c in reversed(inner) if c), found)
-        raise self.problem(place, f"append after: {suggest(step, self.names())}")
+        found: list[int] = []
+
+        def follow(nodes: Nodes, width: int) -> int:
+            for node in nodes:
+                if isinstance(node, Call):
+                    known = self.widths()[node.name][1] if node.name in old else out_channels_of(self.parts[node.name])
+                    width = known or width
+                elif ends := [follow(flow, width) for flow in children(node)]:
+                    width = max(ends) if isinstance(node, Parallel) else width
+                if getattr(node, "name", None) == step:
+                    found.append(width)
+            return width
+
+        follow(self.nodes, self.block.channels[0])
+        if not found:
+            raise self.problem(place, f"append after: {suggest(step, self.names())}")
+        return found[0]
 
     def _insert(self, after: str | None, calls: Nodes, place: Place | None) -> Nodes:
         if after is None:
@@ -314,7 +316,7 @@ class _Draft:
             self.nodes = self._wrap_maximal(self.nodes)
         else:
             for index, names in enumerate(self.recipe.merge):
-                self.nodes = self._wrap_named(self.nodes, names, index)
+                self.nodes = _unnested(self._wrap_named(self.nodes, names, index))
 
     def _wrap_maximal(self, nodes: Nodes) -> Nodes:
         """Every maximal affine run that the recipe touched."""
@@ -346,8 +348,10 @@ class _Draft:
                 raise self.problem(place, f"merge: {suggest(name, self.names())}")
 
         def wrap(flow: Nodes) -> Nodes:
-            here = [i for i, node in enumerate(flow) if isinstance(node, Call | Parallel) and node.name in names]
-            if len(here) != len(names):
+            steps = [node.flow if isinstance(node, Run) else (node,) for node in flow]
+            held = [{getattr(step, "name", None) for step in inner} for inner in steps]
+            here = [i for i, found in enumerate(held) if not found.isdisjoint(names)]
+            if not set(names) <= {name for found in held for name in found}:
                 return tuple(rebuild(node, wrap) for node in flow)
             chain = flow[min(here) : max(here) + 1]
             for node in chain:
@@ -375,6 +379,18 @@ class _Draft:
         if isinstance(node, Parallel):
             return all(self.is_affine(inner) for flow in node.flows for inner in flow)
         return isinstance(node, Run)
+
+
+def _unnested(nodes: Nodes, inside: bool = False) -> Nodes:
+    """Merges that overlap are one: a run inside a run is part of it, and its padding moves with the others."""
+    out: list[Node] = []
+    for node in nodes:
+        if isinstance(node, Run):
+            flow = _unnested(node.flow, True)
+            out += flow if inside else [Run(flow)]
+        else:
+            out.append(rebuild(node, lambda flow: _unnested(flow, inside)))
+    return tuple(out)
 
 
 def _new_layer(name: str) -> nn.Module:
