@@ -19,7 +19,7 @@ FLOORS = {
     1: ["spec", "subnet", "measure", "ops", "affine", "layers", "kinds", "flow", "hooks", "randomize", "problems"],
     2: ["structure", "widths", "padding", "recipe", "data"],
     3: ["supernet", "merging", "certificate", "graph", "oracle", "conformance", "artefact"],
-    4: ["search", "train", "calibrate", "draft", "deploy", "exporting", "bench", "zoo"],
+    4: ["search", "train", "calibrate", "draft", "deploy", "exporting", "bench", "zoo", "tables"],
     5: ["report", "pipeline"],
     6: ["cli", "__main__"],
 }

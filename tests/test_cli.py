@@ -51,7 +51,7 @@ def test_help_shows_an_example(call, command):
 
 
 def test_there_are_as_many_commands_as_there_should_be(call):
-    assert len(COMMANDS) == 13
+    assert len(COMMANDS) == 14
     done = call("--help")
     assert [name for name in COMMANDS if name not in done.out] == []
 
@@ -182,15 +182,15 @@ BAD_SPECS = {
     "bomb": ("version: 1", f"version: {'[' * 200}1{']' * 200}", "deep"),
     "unknown key": ("recipes:\n", "recipies:\n", "did you mean 'recipes'"),
     "wrong type": ("[3, 32, 32]", "[3, 32, wide]", "got 'wide' (a string)"),
-    "step that does not exist": ("mlp.drop1,", "mlp.drop9,", "got 'mlp.drop9'"),
-    "another computation": ("mlp.act, mlp.drop1", "mlp.act, mlp.act, mlp.drop1", "computes something else"),
-    "drop path left out": ("{optional: gamma}, drop_path]", "{optional: gamma}]", "computes something else"),
-    "recipe names a missing step": ("mlp.act: identity}", "mlp.gelu: identity}", "mlp.gelu"),
+    "step that does not exist": ("- mlp.drop1\n", "- mlp.drop9\n", "got 'mlp.drop9'"),
+    "another computation": ("- mlp.act\n", "- mlp.act\n      - mlp.act\n", "computes something else"),
+    "drop path left out": ("      - drop_path\n", "", "computes something else"),
+    "recipe names a missing step": ("mlp.act: identity", "mlp.gelu: identity", "mlp.gelu"),
     "unknown layer": ("append: [gelu, batchnorm]", "append: [gelo, batchnorm]", "did you mean 'gelu'"),
-    "match that matches nothing": ('"stages.*.blocks.*"', '"layers.*.blocks.*"', "matches no module"),
+    "match that matches nothing": ("stages.*.blocks.*", "layers.*.blocks.*", "matches no module"),
     "two groups on one block": (
-        "recipes: [full, pointwise]}",
-        'recipes: [full, pointwise]}\n  - {match: "stages.0.blocks.*", structure: block, recipes: [full]}',
+        "recipes: [full, pointwise]\n",
+        "recipes: [full, pointwise]\n- {match: stages.0.blocks.*, structure: block, recipes: [full]}\n",
         "is a block already",
     ),
 }

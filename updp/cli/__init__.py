@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from updp import __version__
-from updp.cli import about, networks, runs
+from updp.cli import about, networks, runs, tables
 from updp.cli.console import remember
 from updp.errors import UpdpError
 from updp.spec import list_specs
@@ -63,6 +63,7 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
     },
     _ABOUT: {
         "list": (about.list_specs, "updp list"),
+        "tables": (tables.tables, "updp tables depthshrinker --table 2"),
         "info": (about.info, "updp info --json"),
     },
 }
