@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,15 +21,44 @@ from updp.spec import ArchSpec, Opaque, Recipe, list_specs, load_spec, parse_spe
 from updp.structure import BoundBlock, bind, create_model
 
 # Sizes that do not divide by the strides, not square; None where the network takes its own size only.
-ODD_SIZES = {
+ODD_SIZES: dict[str, tuple[int, int, int] | None] = {
+    "convnext_atto": (3, 97, 75),
+    "convnext_base": (3, 97, 75),
     "convnext_digits": (3, 37, 45),
+    "convnext_small": (3, 97, 75),
     "convnext_tiny": (3, 97, 75),
+    "convnextv2_atto": (3, 97, 75),
+    "deit_base_distilled_patch16_224": None,
+    "deit_base_patch16_224": None,
     "deit_digits": None,
+    "deit_small_distilled_patch16_224": None,
+    "deit_small_patch16_224": None,
+    "deit_tiny_distilled_patch16_224": None,
     "deit_tiny_patch16_224": None,
+    "mobilenetv1_100": (3, 97, 75),
     "mobilenetv2_100": (3, 97, 75),
     "mobilenetv2_140": (3, 97, 75),
+    "resnet101": (3, 97, 75),
+    "resnet18": (3, 97, 75),
     "resnet34": (3, 97, 75),
+    "resnet50": (3, 97, 75),
     "tf_efficientnet_lite0": (3, 97, 75),
+    "tf_efficientnet_lite1": (3, 97, 75),
+    "tf_efficientnet_lite2": (3, 97, 75),
+    "tf_efficientnet_lite3": (3, 97, 75),
+    "vgg11_bn": (3, 97, 75),
+    "vgg13_bn": (3, 97, 75),
+}
+
+# The largest networks: their blocks differ from a smaller one's in widths and number only, so what is costly is left to
+# the slow tests for them. `updp check` of every network is in the others.
+SAME_BLOCKS_AS = {
+    "convnext_base": "convnext_tiny",
+    "convnext_small": "convnext_tiny",
+    "deit_base_distilled_patch16_224": "deit_tiny_distilled_patch16_224",
+    "deit_base_patch16_224": "deit_tiny_patch16_224",
+    "resnet101": "resnet50",
+    "vgg13_bn": "vgg11_bn",
 }
 
 
@@ -70,13 +100,32 @@ class Case:
 @functools.cache
 def kinds(name: str) -> dict[str, tuple[str, ...]]:
     """One block of every kind of a spec, with its recipes; shapes only, nothing is computed."""
+    return {block.name: block.group.recipes for block in first_blocks(name).values()}
+
+
+def first_blocks(name: str) -> dict[str, BoundBlock]:
+    """The first block of every kind, by signature, on the meta device."""
     spec = spec_of(name)
     with torch.device("meta"):
         bound = bind(spec, create_model(spec))
     first: dict[str, BoundBlock] = {}
     for block in bound.values():
         first.setdefault(block.signature(), block)
-    return {block.name: block.group.recipes for block in first.values()}
+    return first
+
+
+def kinds_but_widths(name: str) -> set[str]:
+    """The kinds of blocks of a spec, with every module of theirs, whatever the widths and the size of the maps."""
+    return {
+        f"{block.group.structure} {block.group.recipes} {[_but_widths(module) for module in block.module.modules()]}"
+        for block in first_blocks(name).values()
+    }
+
+
+def _but_widths(module: nn.Module) -> str:
+    kept = ("kernel_size", "stride", "padding", "dilation", "eps")
+    depthwise = getattr(module, "groups", 1) > 1
+    return f"{type(module).__name__} {[getattr(module, name, None) for name in kept]} {depthwise}"
 
 
 def all_cases() -> list[Case]:
@@ -87,6 +136,11 @@ def all_cases() -> list[Case]:
         for block, recipes in kinds(name).items()
         for recipe in recipes
     ]
+
+
+def marks(spec: str) -> list[pytest.MarkDecorator]:
+    """What is costly is slow for a spec whose blocks another one has."""
+    return [pytest.mark.slow] if spec in SAME_BLOCKS_AS else []
 
 
 def merge_block(block: BoundBlock, recipe: Recipe, *, seed: int = 1) -> MergedBlock:

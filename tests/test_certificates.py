@@ -9,8 +9,11 @@ import pytest
 import torch
 from networks import (
     ODD_SIZES,
+    SAME_BLOCKS_AS,
     Case,
     all_cases,
+    kinds_but_widths,
+    marks,
     merge_block,
     merge_case,
     merged_ops,
@@ -24,19 +27,39 @@ from torch import nn
 
 from updp.certificate import BOUND, Certificate, OpRecord, certify, certify_block, merge, relative
 from updp.merging import MergedBlock, claims_of, merge_flow
+from updp.randomize import randomize, settle
 from updp.spec import list_specs
+from updp.subnet import SubnetConfig
 from updp.supernet import ChoiceBlock, build_supernet
 
 # Kinds of blocks times recipes. A new spec belongs here.
 KINDS_TIMES_RECIPES = {
+    "convnext_atto": 8,
+    "convnext_base": 8,
     "convnext_digits": 6,
+    "convnext_small": 8,
     "convnext_tiny": 8,
+    "convnextv2_atto": 8,
+    "deit_base_distilled_patch16_224": 1,
+    "deit_base_patch16_224": 1,
     "deit_digits": 1,
+    "deit_small_distilled_patch16_224": 1,
+    "deit_small_patch16_224": 1,
+    "deit_tiny_distilled_patch16_224": 1,
     "deit_tiny_patch16_224": 1,
-    "mobilenetv2_100": 11,
-    "mobilenetv2_140": 11,
+    "mobilenetv1_100": 9,
+    "mobilenetv2_100": 23,
+    "mobilenetv2_140": 23,
+    "resnet101": 8,
+    "resnet18": 7,
     "resnet34": 7,
-    "tf_efficientnet_lite0": 11,
+    "resnet50": 8,
+    "tf_efficientnet_lite0": 23,
+    "tf_efficientnet_lite1": 23,
+    "tf_efficientnet_lite2": 23,
+    "tf_efficientnet_lite3": 23,
+    "vgg11_bn": 3,
+    "vgg13_bn": 5,
 }
 CASES = all_cases()
 
@@ -46,12 +69,23 @@ NETWORKS = [(name, recipe) for name in list_specs() for recipe in spec_of(name).
 def test_every_case_is_covered():
     counts = {name: sum(case.spec == name for case in CASES) for name in list_specs()}
     assert counts == KINDS_TIMES_RECIPES
-    assert len(CASES) == 56
+    assert len(CASES) == 238
     assert set(ODD_SIZES) == set(list_specs())
-    assert len(NETWORKS) == 10
+    assert len(NETWORKS) == 44
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+def test_what_is_slow_repeats_what_is_not():
+    """A large network that is left to the slow tests has no block that a smaller one, which is not, lacks."""
+    assert set(SAME_BLOCKS_AS) <= set(list_specs())
+    for name, other in SAME_BLOCKS_AS.items():
+        assert other not in SAME_BLOCKS_AS
+        assert kinds_but_widths(name) <= kinds_but_widths(other), f"{name} has other blocks than {other}"
+    assert not kinds_but_widths("convnext_atto") <= kinds_but_widths("convnext_tiny"), "1x1 convolutions in the MLP"
+    assert not kinds_but_widths("convnextv2_atto") <= kinds_but_widths("convnext_atto"), "a response norm"
+    assert sum(case.spec not in SAME_BLOCKS_AS for case in CASES) == 207
+
+
+@pytest.fixture(scope="module", params=[pytest.param(case, marks=marks(case.spec), id=str(case)) for case in CASES])
 def merged(request):
     case: Case = request.param
     return case, *merge_case(case)
@@ -116,12 +150,12 @@ def test_a_mutated_tensor_fails_its_operators_certificate(merged):
 
 def certify_pruned(name: str, recipe: str, size) -> Certificate:
     supernet = build_supernet(spec_of(name), seed=0, resized=True).eval()
-    blocks = [block for block, recipes in supernet.available.items() if recipe in recipes]
-    supernet.set_subnet(supernet.configure(blocks, recipe))
+    choices = {block: recipe for block, bound in supernet.bound.items() if recipe in bound.group.recipes}
+    supernet.set_subnet(SubnetConfig(name, choices))
     return certify(supernet, weights="random", size=size)
 
 
-@pytest.mark.parametrize(("name", "recipe"), NETWORKS)
+@pytest.mark.parametrize(("name", "recipe"), [pytest.param(*network, marks=marks(network[0])) for network in NETWORKS])
 def test_all_pruned_networks_are_exact(name, recipe):
     """Every block, not only every kind, and the logits; at an odd size where the network takes one."""
     size = ODD_SIZES[name]
@@ -130,20 +164,38 @@ def test_all_pruned_networks_are_exact(name, recipe):
     assert certificate.input == (2, *(size or spec_of(name).input))
     pruned = {record.block for record in certificate.ops}
     assert pruned == set(certificate.blocks)
-    assert len(pruned) == PRUNED_BLOCKS[name]
+    assert len(pruned) == (1 if recipe == "linear" else PRUNED_BLOCKS[name])
     assert certificate.logits <= BOUND
     assert 0 < certificate.float32 < 1e-3
 
 
 PRUNED_BLOCKS = {
+    "convnext_atto": 12,
+    "convnext_base": 36,
     "convnext_digits": 10,
+    "convnext_small": 36,
     "convnext_tiny": 18,
+    "convnextv2_atto": 12,
+    "deit_base_distilled_patch16_224": 12,
+    "deit_base_patch16_224": 12,
     "deit_digits": 6,
+    "deit_small_distilled_patch16_224": 12,
+    "deit_small_patch16_224": 12,
+    "deit_tiny_distilled_patch16_224": 12,
     "deit_tiny_patch16_224": 12,
+    "mobilenetv1_100": 13,
     "mobilenetv2_100": 16,
     "mobilenetv2_140": 16,
+    "resnet101": 33,
+    "resnet18": 8,
     "resnet34": 16,
+    "resnet50": 16,
     "tf_efficientnet_lite0": 15,
+    "tf_efficientnet_lite1": 20,
+    "tf_efficientnet_lite2": 20,
+    "tf_efficientnet_lite3": 23,
+    "vgg11_bn": 3,
+    "vgg13_bn": 5,
 }
 
 
@@ -168,6 +220,17 @@ def test_a_mixed_subnet_is_exact_with_its_given_weights(name):
 def test_a_network_of_fixed_size_has_no_odd_one(name, size):
     with pytest.raises(AssertionError):
         random_model(spec_of(name))(torch.zeros(1, 3, 37, 45, dtype=torch.float64))
+
+
+def test_settled_statistics_fit_what_arrives():
+    network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8)).double().eval()
+    x = 1000 * torch.randn(64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert randomize(network)(x).std() > 100
+        settle(network, lambda: network(x))
+        assert 0.1 < network(x).std() < 10
+    assert all(len(norm.running_mean.unique()) == 8 for norm in (network[1], network[3])), "still random"
+    assert not network[1]._forward_pre_hooks
 
 
 # --- planted errors: what an engine might get wrong, and what sees it ---

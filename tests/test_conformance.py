@@ -16,30 +16,55 @@ from updp.spec import list_specs
 
 # Blocks, and kinds of blocks: a block with drop path is of another kind than one without.
 KINDS = {
+    "convnext_atto": (12, 5),
+    "convnext_base": (36, 5),
     "convnext_digits": (10, 4),
+    "convnext_small": (36, 5),
     "convnext_tiny": (18, 5),
+    "convnextv2_atto": (12, 5),
+    "deit_base_distilled_patch16_224": (12, 2),
+    "deit_base_patch16_224": (12, 2),
     "deit_digits": (6, 2),
+    "deit_small_distilled_patch16_224": (12, 2),
+    "deit_small_patch16_224": (12, 2),
+    "deit_tiny_distilled_patch16_224": (12, 2),
     "deit_tiny_patch16_224": (12, 2),
-    "mobilenetv2_100": (16, 11),
-    "mobilenetv2_140": (16, 11),
+    "mobilenetv1_100": (13, 9),
+    "mobilenetv2_100": (17, 12),
+    "mobilenetv2_140": (17, 12),
+    "resnet101": (33, 8),
+    "resnet18": (8, 8),
     "resnet34": (16, 8),
-    "tf_efficientnet_lite0": (15, 11),
+    "resnet50": (16, 8),
+    "tf_efficientnet_lite0": (16, 12),
+    "tf_efficientnet_lite1": (21, 12),
+    "tf_efficientnet_lite2": (21, 12),
+    "tf_efficientnet_lite3": (24, 12),
+    "vgg11_bn": (3, 3),
+    "vgg13_bn": (5, 5),
 }
 
 
 @pytest.mark.parametrize("name", list_specs())
 def test_every_shipped_spec_tells_the_truth(name):
     """At its own size: structure in eval and train mode, claims, certificates of every recipe, depth saved."""
-    report = check_spec(spec_of(name))
+    spec = spec_of(name)
+    report = check_spec(spec)
     assert (report.blocks, report.kinds) == KINDS[name]
     assert report.conformance <= TOLERANCE
     assert report.worst <= BOUND
-    recipes = next(iter(kinds(name).values()))
-    assert set(recipes) == set(spec_of(name).recipes)
-    assert [row.recipe for row in report.recipes] == list(recipes) * report.kinds
-    assert sum(row.blocks for row in report.recipes) == report.blocks * len(recipes)
-    assert {row.block for row in report.recipes} >= set(kinds(name))
-    assert all(row.depth[1] < row.depth[0] for row in report.recipes)
+    assert {(row.block, row.recipe) for row in report.recipes} >= {
+        (block, recipe) for block, recipes in kinds(name).items() for recipe in recipes
+    }
+    for group in spec.blocks:
+        rows = [row for row in report.recipes if row.structure == group.structure]
+        assert [row.recipe for row in rows] == list(group.recipes) * (len(rows) // len(group.recipes))
+    assert {row.recipe for row in report.recipes} == set(spec.recipes)
+    for row in report.recipes:
+        saved = row.depth[0] - row.depth[1]
+        assert saved == 0 if spec.recipes[row.recipe].kind == "reparam" else saved > 0
+    default = {group.structure: group.recipes[0] for group in spec.blocks}
+    assert sum(row.blocks for row in report.recipes if row.recipe == default[row.structure]) == report.blocks
 
 
 @pytest.mark.parametrize("name", [name for name, size in ODD_SIZES.items() if size is not None])
@@ -328,8 +353,8 @@ def test_steps_that_do_not_exist_are_listed_with_those_that_do():
         ("convnext_digits", "replace: {norm: batchnorm,", "replace: {norm: batchnorm, conv_dw: batchnorm,", "resize"),
         (
             "convnext_digits",
-            "mlp.act: identity}",
-            "mlp.act: identity, mlp.fc1: identity}",
+            "mlp.act: identity,",
+            "mlp.act: identity, mlp.fc1: identity,",
             "does not run at step 'mlp.fc2'",
         ),
         ("deit_digits", "mlp.act: batchnorm}", "mlp.act: batchnorm, attn: identity}", None),

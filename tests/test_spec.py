@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import re
 import typing
 from collections import Counter
 from pathlib import Path
@@ -336,23 +337,44 @@ def test_suggest():
 
 
 # Shipped specs: blocks of each structure, in the order of the file, and the recipes that a block may take.
+CONVNEXT = {"block": ("pointwise", "full")}
+INVERTED = {"first": ("linear",), "plain": ("full", "shrink"), "residual": ("full", "shrink")}
+RESNET = {"plain": ("full",), "downsample": ("full",)}
 SHIPPED = {
+    "convnext_atto": ({"block": 12}, CONVNEXT),
+    "convnext_base": ({"block": 36}, CONVNEXT),
     "convnext_digits": ({"block": 10}, {"block": ("full", "pointwise")}),
-    "convnext_tiny": ({"block": 18}, {"block": ("pointwise", "full")}),
+    "convnext_small": ({"block": 36}, CONVNEXT),
+    "convnext_tiny": ({"block": 18}, CONVNEXT),
+    "convnextv2_atto": ({"block": 12}, CONVNEXT),
+    "deit_base_distilled_patch16_224": ({"block": 12}, {"block": ("mlp",)}),
+    "deit_base_patch16_224": ({"block": 12}, {"block": ("mlp",)}),
     "deit_digits": ({"block": 6}, {"block": ("mlp",)}),
+    "deit_small_distilled_patch16_224": ({"block": 12}, {"block": ("mlp",)}),
+    "deit_small_patch16_224": ({"block": 12}, {"block": ("mlp",)}),
+    "deit_tiny_distilled_patch16_224": ({"block": 12}, {"block": ("mlp",)}),
     "deit_tiny_patch16_224": ({"block": 12}, {"block": ("mlp",)}),
-    "mobilenetv2_100": ({"residual": 10, "plain": 6}, {"residual": ("full",), "plain": ("full",)}),
-    "mobilenetv2_140": ({"residual": 10, "plain": 6}, {"residual": ("full",), "plain": ("full",)}),
-    "resnet34": ({"plain": 13, "downsample": 3}, {"plain": ("full",), "downsample": ("full",)}),
-    "tf_efficientnet_lite0": ({"residual": 9, "plain": 6}, {"residual": ("full",), "plain": ("full",)}),
+    "mobilenetv1_100": ({"block": 13}, {"block": ("full",)}),
+    "mobilenetv2_100": ({"first": 1, "residual": 10, "plain": 6}, INVERTED),
+    "mobilenetv2_140": ({"first": 1, "residual": 10, "plain": 6}, INVERTED),
+    "resnet101": ({"plain": 29, "downsample": 4}, RESNET),
+    "resnet18": ({"plain": 5, "downsample": 3}, RESNET),
+    "resnet34": ({"plain": 13, "downsample": 3}, RESNET),
+    "resnet50": ({"plain": 12, "downsample": 4}, RESNET),
+    "tf_efficientnet_lite0": ({"first": 1, "residual": 9, "plain": 6}, INVERTED),
+    "tf_efficientnet_lite1": ({"first": 1, "residual": 14, "plain": 6}, INVERTED),
+    "tf_efficientnet_lite2": ({"first": 1, "residual": 14, "plain": 6}, INVERTED),
+    "tf_efficientnet_lite3": ({"first": 1, "residual": 17, "plain": 6}, INVERTED),
+    "vgg11_bn": ({"pair": 3}, {"pair": ("full",)}),
+    "vgg13_bn": ({"pair": 5}, {"pair": ("full",)}),
 }
 
 
 def test_every_shipped_spec_is_found():
     assert list_specs() == sorted(SHIPPED)
-    assert len(list_specs()) == 8
+    assert len(list_specs()) == 26
     root = Path(__file__).parents[1] / "specs"
-    assert len(list(root.glob("*.y*ml"))) == 8
+    assert len(list(root.glob("*.y*ml"))) == 26
     assert all(
         path.read_text().startswith("# yaml-language-server: $schema=./schema.json\n") for path in root.glob("*.yaml")
     )
@@ -361,17 +383,21 @@ def test_every_shipped_spec_is_found():
 @pytest.mark.parametrize("name", list_specs())
 def test_blocks_of_shipped_specs(name):
     import timm
+    import torch
     from torch import nn
 
     spec = load_spec(name)
     assert isinstance(spec, ArchSpec)
-    model = timm.create_model(spec.model.name, pretrained=False, num_classes=10, **spec.model.kwargs)
+    with torch.device("meta"):
+        model = timm.create_model(spec.model.name, pretrained=False, num_classes=10, **spec.model.kwargs)
     modules = dict(model.named_modules())
     lengths = {path: len(module) for path, module in modules.items() if isinstance(module, nn.Sequential)}
     blocks = match_blocks(spec.blocks, list(modules), lengths)
     counts, recipes = SHIPPED[name]
     assert Counter(group.structure for group in blocks.values()) == counts
     assert {group.structure: group.recipes for group in blocks.values()} == recipes
-    assert len({type(modules[block]) for block in blocks}) == 1
-    assert list(blocks) == [path for path in modules if path in blocks]
+    of_structure = {(group.structure, type(modules[block.partition("[")[0]])) for block, group in blocks.items()}
+    assert len(of_structure) == len(counts), "blocks of one structure are of one class"
+    starts = [re.sub(r"\[(\d+):\d+\]", r".\1", block) for block in blocks]
+    assert starts == [path for path in modules if path in starts]
     assert all(getattr(spec.schedule, stage).epochs > 0 for stage in STAGES)

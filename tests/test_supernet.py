@@ -51,7 +51,13 @@ def test_all_keep_is_the_baseline_bit_for_bit(name):
         assert not torch.equal(supernet(x), expected)
         supernet.set_subnet(supernet.all_keep())
         assert torch.equal(supernet(x), expected)
-    assert len(supernet.available) == len(supernet.blocks)
+    prunes = {recipe.name for recipe in spec_of(name).recipes.values() if recipe.kind == "prune"}
+    assert supernet.available == {
+        block: tuple(recipe for recipe in bound.group.recipes if recipe in prunes)
+        for block, bound in supernet.bound.items()
+        if prunes.intersection(bound.group.recipes)
+    }
+    assert len(supernet.available) == len(supernet.blocks) - ("linear" in spec_of(name).recipes)
 
 
 @pytest.mark.parametrize("name", SMALL)
