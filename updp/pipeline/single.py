@@ -19,7 +19,7 @@ from updp.pipeline.finish import merge_certified
 from updp.pipeline.prepare import model_with_weights, read_subnet
 from updp.pipeline.settings import resolve
 from updp.pipeline.watch import Watch
-from updp.randomize import randomize
+from updp.randomize import randomize, settle
 from updp.spec import ArchSpec, load_spec
 from updp.structure import create_model
 from updp.supernet import build_supernet
@@ -105,7 +105,10 @@ def merge_spec(
         randomize(supernet, seed)
     supernet.reduce(read_subnet(subnet, supernet))
     supernet.free_baseline()
-    network, certificate, random = merge_certified(supernet.eval())
+    supernet.eval()
+    if weights is None:
+        settle(supernet, lambda: supernet(torch.randn(2, *spec.input)))
+    network, certificate, random = merge_certified(supernet)
     save_network(out, network, supernet, certificate, random)
     return Merged(out, network, certificate)
 
