@@ -42,6 +42,8 @@ ODD_SIZES: dict[str, tuple[int, int, int] | None] = {
     "resnet18": (3, 97, 75),
     "resnet34": (3, 97, 75),
     "resnet50": (3, 97, 75),
+    "swin_base_patch4_window7_224": None,
+    "swin_tiny_patch4_window7_224": None,
     "tf_efficientnet_lite0": (3, 97, 75),
     "tf_efficientnet_lite1": (3, 97, 75),
     "tf_efficientnet_lite2": (3, 97, 75),
@@ -58,6 +60,7 @@ SAME_BLOCKS_AS = {
     "deit_base_distilled_patch16_224": "deit_tiny_distilled_patch16_224",
     "deit_base_patch16_224": "deit_tiny_patch16_224",
     "resnet101": "resnet50",
+    "swin_base_patch4_window7_224": "swin_tiny_patch4_window7_224",
     "vgg13_bn": "vgg11_bn",
 }
 

@@ -54,6 +54,8 @@ KINDS_TIMES_RECIPES = {
     "resnet18": 7,
     "resnet34": 7,
     "resnet50": 8,
+    "swin_base_patch4_window7_224": 5,
+    "swin_tiny_patch4_window7_224": 5,
     "tf_efficientnet_lite0": 23,
     "tf_efficientnet_lite1": 23,
     "tf_efficientnet_lite2": 23,
@@ -69,9 +71,9 @@ NETWORKS = [(name, recipe) for name in list_specs() for recipe in spec_of(name).
 def test_every_case_is_covered():
     counts = {name: sum(case.spec == name for case in CASES) for name in list_specs()}
     assert counts == KINDS_TIMES_RECIPES
-    assert len(CASES) == 238
+    assert len(CASES) == 248
     assert set(ODD_SIZES) == set(list_specs())
-    assert len(NETWORKS) == 44
+    assert len(NETWORKS) == 46
 
 
 def test_what_is_slow_repeats_what_is_not():
@@ -82,7 +84,7 @@ def test_what_is_slow_repeats_what_is_not():
         assert kinds_but_widths(name) <= kinds_but_widths(other), f"{name} has other blocks than {other}"
     assert not kinds_but_widths("convnext_atto") <= kinds_but_widths("convnext_tiny"), "1x1 convolutions in the MLP"
     assert not kinds_but_widths("convnextv2_atto") <= kinds_but_widths("convnext_atto"), "a response norm"
-    assert sum(case.spec not in SAME_BLOCKS_AS for case in CASES) == 207
+    assert sum(case.spec not in SAME_BLOCKS_AS for case in CASES) == 212
 
 
 @pytest.fixture(scope="module", params=[pytest.param(case, marks=marks(case.spec), id=str(case)) for case in CASES])
@@ -190,6 +192,8 @@ PRUNED_BLOCKS = {
     "resnet18": 8,
     "resnet34": 16,
     "resnet50": 16,
+    "swin_base_patch4_window7_224": 24,
+    "swin_tiny_patch4_window7_224": 12,
     "tf_efficientnet_lite0": 15,
     "tf_efficientnet_lite1": 20,
     "tf_efficientnet_lite2": 20,

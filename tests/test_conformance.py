@@ -36,6 +36,8 @@ KINDS = {
     "resnet18": (8, 8),
     "resnet34": (16, 8),
     "resnet50": (16, 8),
+    "swin_base_patch4_window7_224": (24, 5),
+    "swin_tiny_patch4_window7_224": (12, 5),
     "tf_efficientnet_lite0": (16, 12),
     "tf_efficientnet_lite1": (21, 12),
     "tf_efficientnet_lite2": (21, 12),

@@ -361,6 +361,8 @@ SHIPPED = {
     "resnet18": ({"plain": 5, "downsample": 3}, RESNET),
     "resnet34": ({"plain": 13, "downsample": 3}, RESNET),
     "resnet50": ({"plain": 12, "downsample": 4}, RESNET),
+    "swin_base_patch4_window7_224": ({"block": 24}, {"block": ("mlp",)}),
+    "swin_tiny_patch4_window7_224": ({"block": 12}, {"block": ("mlp",)}),
     "tf_efficientnet_lite0": ({"first": 1, "residual": 9, "plain": 6}, INVERTED),
     "tf_efficientnet_lite1": ({"first": 1, "residual": 14, "plain": 6}, INVERTED),
     "tf_efficientnet_lite2": ({"first": 1, "residual": 14, "plain": 6}, INVERTED),
@@ -372,9 +374,9 @@ SHIPPED = {
 
 def test_every_shipped_spec_is_found():
     assert list_specs() == sorted(SHIPPED)
-    assert len(list_specs()) == 26
+    assert len(list_specs()) == 28
     root = Path(__file__).parents[1] / "specs"
-    assert len(list(root.glob("*.y*ml"))) == 26
+    assert len(list(root.glob("*.y*ml"))) == 28
     assert all(
         path.read_text().startswith("# yaml-language-server: $schema=./schema.json\n") for path in root.glob("*.yaml")
     )
