@@ -133,7 +133,7 @@ def without(steps: str, *left_out: str) -> str:
 def test_drop_path_left_out_is_caught_in_train_mode_only(block, steps):
     message = message_of(block, f"[{{sum: [[{without(steps, 'drop_path')}], []]}}]")
     assert "in train mode" in message
-    assert "drop_path are not declared" in message
+    assert "not declared: drop_path" in message
 
 
 def test_drop_path_left_out_of_a_block_with_an_activation_behind():
@@ -153,7 +153,7 @@ def test_dropout_left_out_is_caught():
         (NEXT, f"[{{sum: [[{without(NEXT_STEPS, 'gamma')}], []]}}]", "first step that differs is 'drop_path'"),
         (NEXT, f"[{NEXT_STEPS}]", "put together differs"),
         (NEXT, f"[{{sum: [[{NEXT_STEPS}], [], []]}}]", "put together differs"),
-        (BASIC, f"[{{sum: [[{BASIC_STEPS}], []]}}]", "act2 are not declared"),
+        (BASIC, f"[{{sum: [[{BASIC_STEPS}], []]}}]", "not declared: act2"),
         (BASIC, "[{sum: [[conv1, bn1, act1, bn2, conv2, drop_path], []]}, act2]", "first step that differs is 'bn2'"),
         (BASIC, "[{sum: [[conv2, bn1, act1, conv1, bn2, drop_path], []]}, act2]", "first step that differs is 'conv2'"),
         (DOWN, f"[{{sum: [[{BASIC_STEPS}], [downsample.0]]}}, act2]", "first step that differs is 'act2'"),
@@ -214,7 +214,31 @@ def test_all_problems_come_together():
     )
     with pytest.raises(SpecError) as caught:
         check_spec(parse(text))
-    assert {p.message.split(" of ")[1].split()[0] for p in caught.value.problems} == {"layer3.1", "layer4.1"}
+    (problem,) = caught.value.problems
+    assert " of layer3.1, layer4.1 " in problem.message
+    assert problem.place.line == text[: text.index("conv1")].count("\n") + 1
+
+
+def test_mistakes_are_told_where_they_are_written():
+    """The step, not the entry of `blocks`: the structure may stand in another file."""
+    text = RESIDUAL.replace("MODEL", "resnet18").replace("PLACE", "layer2.1")
+    steps = BASIC_STEPS.replace("conv2, bn2", "bn2, conv2")
+    text = text.replace("STRUCTURE", f"\n    - sum:\n      - [{steps}]\n      - []\n    - act2")
+    with pytest.raises(SpecError, match="first step that differs is 'bn2'") as caught:
+        check_spec(parse(text))
+    line = next(number for number, row in enumerate(text.splitlines(), 1) if "bn2" in row)
+    column = text.splitlines()[line - 1].index("bn2") + 1
+    assert [(p.place.line, p.place.column) for p in caught.value.problems] == [(line, column)]
+
+
+def test_a_merge_that_is_refused_is_told_at_its_recipe():
+    text = RESIDUAL.replace("MODEL", "resnet18").replace("PLACE", "layer2.1")
+    text = text.replace("STRUCTURE", f"[{{sum: [[{BASIC_STEPS}], []]}}, act2]")
+    text = text.replace("{append: [relu], merge: all}", "{replace: {act1: identity}, padding: keep}")
+    with pytest.raises(SpecError, match=r"recipes\.full: block layer2\.1: .*border ring") as caught:
+        check_spec(parse(text))
+    row = caught.value.problems[0].place.line
+    assert text.splitlines()[row - 1].strip().startswith("full:")
 
 
 # --- claims ---

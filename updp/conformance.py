@@ -221,10 +221,10 @@ def _differs(block: BoundBlock, x: Tensor, training: bool, error: float, seed: i
     if first is not None:
         message += f"; the first step that differs is {first!r}"
     elif unused := [n for n in _leaves(own, names) if _runs(own, n, x, block, seed)]:
-        message += f"; every declared step agrees, so something is missing: {', '.join(unused[:6])} are not declared"
+        message += f"; every declared step agrees, so something is missing: not declared: {', '.join(unused[:6])}"
     else:
         message += "; every declared step agrees, so the way they are put together differs (a sum, a scale, a shortcut)"
-    return SpecError([Problem(block.group.place, where, message)])
+    return SpecError([Problem(block.place_of(first), where, message)])
 
 
 def _does_not_run(block: BoundBlock, x: Tensor, failure: Exception) -> SpecError:
@@ -372,7 +372,7 @@ def _check_recipe(
     except SpecError as error:
         return error.problems
     except MergeError as error:
-        return [Problem(block.group.place, f"block {block.name}", str(error))]
+        return [Problem(spec.recipes[recipe].place, f"recipes.{recipe}", f"block {block.name}: {error}")]
 
 
 def _measure_recipe(spec: ArchSpec, block: BoundBlock, recipe: str, blocks: int, seed: int) -> RecipeCheck:

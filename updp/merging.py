@@ -264,7 +264,10 @@ def affine_of(
             current = _affine_of_one(node, parts, channels if total is None else total.out_channels, device)
             total = current if total is None else affine.compose(current, total)
         except MergeError as error:
-            raise MergeError(f"at {getattr(node, 'name', None) or 'a sum'}: {error}") from None
+            told = str(error)  # a sum inside has said at which step
+            raise MergeError(
+                told if told.startswith("at ") else f"at {getattr(node, 'name', None) or 'a sum'}: {told}"
+            ) from None
     assert total is not None
     return total
 

@@ -58,6 +58,11 @@ class BoundBlock:
     kwargs: dict[str, Any] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
     opaques: dict[str, tuple[language.Opaque, tuple[int, ...]]] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+
+    def place_of(self, step: str | None = None) -> Place | None:
+        """Where a step stands in the spec; where its structure begins, if the step is new or none is meant."""
+        return self.places.get(step or "") or next(iter(self.places.values()), self.group.place)
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -345,6 +350,7 @@ def _bind_block(
         called.kwargs,
         optional,
         opaques,
+        {n.path: n.place for n in language.walk(flow) if isinstance(n, language.Step | language.Opaque) and n.place},
     )
 
 
