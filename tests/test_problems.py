@@ -52,7 +52,7 @@ def test_what_lies_inside_a_declared_step_is_not_missing():
         check_spec(parse(POOLS))
     (said,) = caught.value.problems
     assert "(12 blocks)" in said.message
-    assert "missing: layer_scale2 are" in said.message
+    assert "missing: not declared: layer_scale2" in said.message
 
 
 def test_what_timm_refuses_has_a_line():
