@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import parse, spec_of
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -19,7 +19,7 @@ from updp.artefact import FORMAT_VERSION, inspect, load, load_state, load_tensor
 from updp.artefact import source_path as source_of
 from updp.certificate import Certificate, merge
 from updp.errors import InputError
-from updp.files import sha256
+from updp.files import check_writable, sha256
 from updp.randomize import randomize
 from updp.spec import ArchSpec
 from updp.supernet import Supernet, build_supernet
@@ -212,6 +212,26 @@ def test_parts_of_one_memory_are_not_ties(tmp_path):
     assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
         "first": [0, 1, 2, 3], "second": [4, 5, 6, 7], "empty": [], "none": [],
     }  # fmt: skip
+
+
+def test_an_unwritable_place_is_told_before_the_work():
+    """A folder that exists and takes no files, even of an administrator."""
+    place = Path("/proc/net.safetensors")
+    if not place.parent.is_dir():
+        pytest.skip("no /proc here")
+    for write in (check_writable, lambda path: save_tensors(path, {"a": torch.zeros(1)})):
+        with pytest.raises(InputError, match=r"^/proc/net\.safetensors: cannot be written: "):
+            write(place)
+
+
+def test_a_library_that_fails_to_write_is_told_as_one(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("updp.artefact.save_file", full)
+    with pytest.raises(InputError, match=r"a\.safetensors: cannot be written: .*No space left"):
+        save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

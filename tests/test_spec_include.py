@@ -139,7 +139,8 @@ def test_families_keep_to_their_schema_and_every_one_is_used():
         tree = read_tree(file.read_text(), str(file))
         assert list(validator.iter_errors(tree.plain())) == [], file.name
     texts = [(root / f"{name}.yaml").read_text() for name in list_specs()] + [file.read_text() for file in files]
-    included = {Path(name).name for text in texts for name in re.findall(r"^include: (.+)$", text, re.MULTILINE)}
+    said = [names for text in texts for names in re.findall(r"^include: (.+)$", text, re.MULTILINE)]
+    included = {Path(name).name for names in said for name in re.findall(r"[\w/]+\.yaml", names)}
     unused = [file.name for file in files if file.name not in included]
     assert unused == []
 
@@ -157,8 +158,29 @@ def test_a_circle_is_told(folder):
     assert "include: includes itself: " in said_of(write(folder, SPEC))
 
 
-@pytest.mark.parametrize(("value", "shown"), [("3", "allowed: the path"), ("[a.yaml]", "allowed"), ("''", "allowed")])
-def test_include_is_one_path(folder, value, shown):
+def test_of_several_files_the_later_wins(folder):
+    write(folder, "schedule: {train: {lr: 0.7}, blend: {K: 2}}\nrecipes: {full: {append: [gelu]}}\n", "own.yaml")
+    spec = load_spec(write(folder, SPEC.replace("families/small.yaml", "[families/small.yaml, own.yaml]")))
+    assert (spec.schedule.baseline.lr, spec.schedule.baseline.batch_size, spec.schedule.blend.K) == (0.7, 256, 2.0)
+    assert [item.layers for item in spec.recipes["full"].append] == [("gelu",)]
+    turned = load_spec(write(folder, SPEC.replace("families/small.yaml", "[own.yaml, families/small.yaml]")))
+    assert turned.schedule.baseline.lr == 0.1
+
+
+def test_a_copied_family_finds_what_it_includes(tmp_path):
+    """A user copies a shipped family to change it; what it includes is still found among the shipped."""
+    shipped = specs_directory() / "families"
+    copied = [file for file in sorted(shipped.glob("*.yaml")) if "include:" in file.read_text()]
+    assert copied
+    for file in copied:
+        (tmp_path / file.name).write_text(file.read_text())
+        name = next(n for n in list_specs() if f"families/{file.name}" in (specs_directory() / f"{n}.yaml").read_text())
+        text = (specs_directory() / f"{name}.yaml").read_text().replace(f"families/{file.name}", file.name)
+        assert load_spec(write(tmp_path, text, f"{name}.yaml")).text == load_spec(name).text
+
+
+@pytest.mark.parametrize(("value", "shown"), [("3", "allowed: the path"), ("[]", "allowed"), ("['', a]", "or a list")])
+def test_include_is_a_path_or_a_list(folder, value, shown):
     message = said_of(write(folder, SPEC.replace("families/small.yaml", value)))
     assert "mine.yaml:2:10: include:" in message
     assert shown in message

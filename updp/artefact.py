@@ -54,7 +54,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         stored[name] = tensor.detach().cpu().contiguous().clone()
     extra = {"ties": json.dumps(ties)} if ties else {}
     with replacing(path) as temporary:
-        save_file(stored, temporary, metadata={"format": "pt", **(metadata or {}), **extra})
+        try:
+            save_file(stored, temporary, metadata={"format": "pt", **(metadata or {}), **extra})
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(str(error)) from error
         _sort_metadata(temporary)
 
 

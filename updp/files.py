@@ -26,6 +26,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written: there is no folder {path.parent}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()  # a folder that cannot be written shows now, and not in a library's own error
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
@@ -35,6 +36,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Find out before long work whether a file can be written at its end.
+
+    Raises:
+        InputError: the folder does not exist or cannot be written.
+    """
+    probe = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.probe")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def _umask() -> int:

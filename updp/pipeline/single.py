@@ -13,6 +13,7 @@ from updp.artefact import inspect, load, save_network, source_path
 from updp.certificate import Certificate
 from updp.data import Data
 from updp.errors import InputError, Place, Problem
+from updp.files import check_writable
 from updp.oracle import Score
 from updp.pipeline.context import open_for, score
 from updp.pipeline.finish import merge_certified
@@ -98,6 +99,7 @@ def merge_spec(
     spec = resolve(load_spec(name), settings)
     if out.suffix != _SUFFIX or out.is_dir() or not out.absolute().parent.is_dir():
         raise InputError(f"--out: got {out}, allowed: a file NAME{_SUFFIX} in a folder that exists")
+    check_writable(out)
     model = create_model(spec, seed=seed) if weights is None else model_with_weights(spec, weights, None)
     torch.manual_seed(seed)
     supernet = build_supernet(spec, model, resized=True)

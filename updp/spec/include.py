@@ -1,8 +1,8 @@
 """``include``: what the specs of one family share stands in one file.
 
 A spec that says ``include: families/x.yaml`` starts from that file: mappings are merged key by key at every depth,
-and everything else that the spec gives itself replaces what the file says. The result is a spec like any other, with
-a text that needs no other file.
+and everything else that the spec gives itself replaces what the file says. Of several files the later wins. The
+result is a spec like any other, with a text that needs no other file.
 """
 
 from __future__ import annotations
@@ -35,30 +35,35 @@ def expand(tree: Tree, path: Path, shipped: Path) -> Tree:
 
 
 def _expand(tree: Tree, chain: list[Path], shipped: Path) -> Tree:
-    item = _included(tree)
-    if item is None:
+    items = _included(tree)
+    if not items:
         return tree
-    path = _find(item, chain[-1].parent, shipped)
-    if any(path.resolve() == other.resolve() for other in chain):
-        names = " -> ".join(str(other) for other in (*chain, path))
-        raise _refusal(item.place, f"includes itself: {names}")
-    base = read_tree(read_text(path), str(path))
-    if not isinstance(base.value, dict):
-        raise SpecError([Problem(base.place, "", "allowed: a mapping, with the keys that a spec has")])
-    return overlay(_expand(base, [*chain, path], shipped), _without_key(tree))
+    whole = Tree({}, tree.place)
+    for item in items:
+        path = _find(item, chain[-1].parent, shipped)
+        if any(path.resolve() == other.resolve() for other in chain):
+            names = " -> ".join(str(other) for other in (*chain, path))
+            raise _refusal(item.place, f"includes itself: {names}")
+        base = read_tree(read_text(path), str(path))
+        if not isinstance(base.value, dict):
+            raise SpecError([Problem(base.place, "", "allowed: a mapping, with the keys that a spec has")])
+        whole = overlay(whole, _expand(base, [*chain, path], shipped))
+    return overlay(whole, _without_key(tree))
 
 
 def refuse(tree: Tree) -> None:
     """Raise `SpecError` if a tree that was not read from a file of its own includes another."""
-    if (item := _included(tree)) is not None:
-        raise _refusal(item.place, "a text that stands alone can include nothing: there is no file to look beside")
+    if items := _included(tree):
+        message = "a text that stands alone can include nothing: there is no file to look beside"
+        raise _refusal(items[0].place, message)
 
 
-def _included(tree: Tree) -> Tree | None:
+def _included(tree: Tree) -> list[Tree]:
     item = tree.get(KEY) if isinstance(tree.value, dict) else None
-    if item is not None and (not isinstance(item.value, str) or not item.value.strip()):
-        raise _refusal(item.place, "allowed: the path of one .yaml file, such as families/NAME.yaml")
-    return item
+    items = [] if item is None else item.items()
+    if item is not None and not (items and all(isinstance(each.value, str) and each.value.strip() for each in items)):
+        raise _refusal(item.place, "allowed: the path of a .yaml file, such as families/NAME.yaml, or a list of them")
+    return items
 
 
 def _refusal(place: Place, message: str) -> SpecError:
@@ -66,10 +71,10 @@ def _refusal(place: Place, message: str) -> SpecError:
 
 
 def _find(item: Tree, beside: Path, shipped: Path) -> Path:
-    """The included file: beside the including one, or among the shipped."""
-    for path in (beside / str(item.value), shipped / str(item.value)):
-        if path.is_file():
-            return path
+    """The included file: beside the including one, or among the shipped, where a copied family also finds its own."""
+    for folder in (beside, shipped, shipped / FAMILIES):
+        if (folder / str(item.value)).is_file():
+            return folder / str(item.value)
     families = [path.relative_to(shipped).as_posix() for path in sorted((shipped / FAMILIES).glob("*.yaml"))]
     message = f"no such file, neither beside this one nor among the shipped: {suggest(item.value, families)}"
     raise _refusal(item.place, message)
