@@ -72,7 +72,7 @@ def wheel(tmp_path_factory):
 def check(found, place):
     assert Path(found["file"]).is_relative_to(place), found["file"]
     assert found["specs"] == found["loaded"] == SPECS
-    assert len(SPECS) >= 8
+    assert len(SPECS) == 28
     assert found["version"] == updp.__version__
     assert found["heavy"] == []
 
@@ -100,7 +100,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert [name for name in names if not name.startswith(("updp/", "updp-"))] == []
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "updp").rglob("*.py")}
     assert modules <= set(names)
-    assert {"updp/py.typed", "updp/specs/schema.json", "updp/zoo/README.md"} <= set(names)
+    data = {f"updp/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "specs").rglob("*.*") if path.is_file()}
+    assert {"updp/specs/families/schema.json", "updp/specs/subnets/resnet34/updp_p6.json"} <= data <= set(names)
+    assert {"updp/py.typed", "updp/zoo/README.md"} <= set(names)
     assert len([name for name in names if re.match(r"updp/_C\..*so$", name)]) == 1
     assert [name for name in names if name.endswith("LICENSE")] != []
 
