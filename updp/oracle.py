@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from updp.errors import InputError
 from updp.flow import Call, FlowModule, Nodes, children
 from updp.kinds import kind_of
+from updp.layers import PaddedConv2d
 from updp.merging import assemble, merge_blocks
 from updp.spec import ArchSpec
 from updp.structure import BoundBlock, evaluating, get_block
@@ -39,7 +41,8 @@ class Count:
 
     ``macs`` are multiply-accumulates of convolutions, linears and attention products, plus ``bn_weight`` per output
     element of every batch norm that is left (the papers' dialects: 0, 1, 2 or 5); the affine of an appended norm is
-    not counted. ``depth`` is the longest row of convolutions and linears.
+    not counted. ``depth`` is the longest row of convolutions and linears. ``repair_macs`` of the ``macs`` compute what
+    repairs the border of convolutions that were merged with the padding where it was.
     """
 
     macs: int
@@ -48,6 +51,7 @@ class Count:
     depth: int
     blocks: tuple[BlockCount, ...]
     bn_weight: int = 0
+    repair_macs: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "blocks": [asdict(block) for block in self.blocks]}
@@ -79,7 +83,9 @@ def count(
         choices: block -> choice, for the record.
     """
     elements: list[int] = []
+    repair: list[int] = []
     handles = [m.register_forward_hook(_count_elements(elements)) for m in _counted_norms(model)]
+    handles += [m.register_forward_hook(_count_repair(repair)) for m in model.modules() if isinstance(m, PaddedConv2d)]
     like = next(model.parameters())
     x = torch.zeros(1, *input, dtype=like.dtype, device=like.device)
     counter = _count_flops(model, x)
@@ -92,7 +98,7 @@ def count(
     outside = sum(kind_of(m).is_operator for m in model.modules() if id(m) not in inside)
     depth = outside + sum(row.depth for row in rows)
     params = sum(p.numel() for p in model.parameters())
-    return Count(macs, params, sum(elements), depth, tuple(rows), bn_weight)
+    return Count(macs, params, sum(elements), depth, tuple(rows), bn_weight, sum(repair))
 
 
 def count_macs(module: nn.Module, x: Tensor) -> int:
@@ -107,19 +113,26 @@ def _count_flops(module: nn.Module, x: Tensor) -> FlopCounterMode:
     return counter
 
 
+def appended_parts(model: nn.Module) -> list[nn.Module]:
+    """What recipes put behind their blocks."""
+    flows = [module for module in model.modules() if isinstance(module, FlowModule)]
+    return [part for flow in flows for name, part in flow.named_parts.items() if name.startswith("append.")]
+
+
 def _counted_norms(model: nn.Module) -> list[nn.Module]:
-    appended = {
-        id(part)
-        for flow in model.modules()
-        if isinstance(flow, FlowModule)
-        for name, part in flow.named_parts.items()
-        if name.startswith("append.")
-    }
+    appended = {id(part) for part in appended_parts(model)}
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and id(m) not in appended]
 
 
 def _count_elements(elements: list[int]) -> Callable[[nn.Module, Any, Tensor], None]:
     return lambda module, args, output: elements.append(output.numel())
+
+
+def _count_repair(macs: list[int]) -> Callable[[PaddedConv2d, Any, Tensor], None]:
+    """Multiply-accumulates of the map that the taps of a merged convolution add, one for all images."""
+    return lambda module, args, output: (
+        None if module.taps is None else macs.append(module.taps.numel() * prod(output.shape[2:]))
+    )
 
 
 class _unfused_attention:

@@ -175,6 +175,9 @@ def _show_count(name: str, result: Count) -> None:
     shown.add_section()
     shown.add_row(name, "", quantity(result.macs, 5), quantity(result.params, 4), str(result.depth), style="bold")
     out.print(shown)
+    if result.repair_macs:
+        repair = f"of these {quantity(result.repair_macs)} repair the border; DepthShrinker's figures leave that out"
+        line(out, repair, style="dim")
 
 
 @guarded()

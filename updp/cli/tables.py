@@ -25,9 +25,16 @@ Only = Annotated[str | None, typer.Option("--table", metavar="T", help="One tabl
 _STYLES = {"equal": "green", "differs": "yellow", "unexplained": "bold red"}
 _LEGEND = (
     "MAC: multiply-accumulates; 5 BN: five operations more for each element that a batch norm puts out; so with LN, "
-    "layer norms, and act, activations."
+    "layer norms, and act, activations; pool: one for each element that is averaged."
 )
-_DIGITS = {("macs", "G"): 4, ("macs", "M"): 2, ("params", "M"): 3, ("params", "G"): 6}
+_DIGITS = {
+    ("macs", "G"): 4,
+    ("macs", "M"): 2,
+    ("params", "M"): 3,
+    ("params", "G"): 6,
+    ("bits", ""): 2,
+    ("channels", ""): 0,
+}
 
 
 @guarded()
@@ -97,7 +104,7 @@ def _cells(figure: Compared, *, repeated: bool) -> list[str | Text]:
     what, unit = figure.figure.what, figure.figure.dialect.unit
     row = figure.row
     assert figure.computed is not None
-    computed = f"{figure.computed:.{_DIGITS[what, unit]}f} {unit}"
+    computed = f"{figure.computed:.{_DIGITS[what, unit]}f} {unit}".rstrip()
     counted = Text(how(figure.figure.dialect, what, figure.measured), "dim")
     names = ("", what, "") if repeated else (row.name, what, str(row.size))
     verdict = Text(figure.verdict, _STYLES[figure.verdict])
@@ -113,9 +120,11 @@ def _cells(figure: Compared, *, repeated: bool) -> list[str | Text]:
 
 
 def _published(figure: Compared) -> str:
-    dialect = figure.figure.dialect
-    shown = Decimal(str(figure.figure.published))
-    return f"{shown:.{max(0, dialect.digits[-1])}f} {dialect.unit}"
+    dialect, published = figure.figure.dialect, figure.figure.published
+    if published is None:
+        return "illegible"
+    about = "~" if figure.figure.approximate else ""
+    return f"{about}{Decimal(str(published)):.{max(0, dialect.digits[-1])}f} {dialect.unit}".rstrip()
 
 
 def _remarks(figures: Sequence[Compared]) -> Iterator[Text]:

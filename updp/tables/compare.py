@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from fnmatch import fnmatchcase
+from math import log2
 from typing import Any
 
 from updp.errors import InputError, Problem
 from updp.tables.measure import Measured, measure
-from updp.tables.read import Dialect, Figure, Paper, Row, Table
+from updp.tables.read import SEARCHED, Dialect, Figure, Paper, Row, Table
 
 EQUAL, EXPLAINED, UNEXPLAINED, UNKNOWN = "equal", "differs", "unexplained", "not determinable"
 VERDICTS = (EQUAL, EXPLAINED, UNEXPLAINED, UNKNOWN)
 
-_SHORT = {"batchnorm": "BN", "layernorm": "LN", "activation": "act", "bias": "bias", "attention": "attention"}
+_SHORT = {"batchnorm": "BN", "layernorm": "LN", "activation": "act"}  # others are short
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Compared:
     """One published figure beside ours.
 
     Attributes:
-        count: multiply-accumulates and what the dialect adds, or parameters; None where nothing can be computed.
+        count: multiply-accumulates and what the dialect adds, parameters, or bits and channels of a search space; None
+            where nothing can be computed.
         printed: ``count`` as the paper would print it.
         verdict: one of `VERDICTS`.
         reason: why the figures differ, or why there is none to compare.
@@ -35,7 +37,7 @@ class Compared:
     table: Table
     row: Row
     figure: Figure
-    count: int | None
+    count: Decimal | int | None
     printed: Decimal | None
     verdict: str
     reason: str
@@ -49,18 +51,31 @@ class Compared:
     def to_json(self) -> dict[str, Any]:
         figure, dialect = self.figure, self.figure.dialect
         counted = {**asdict(dialect), "elements": dict(dialect.elements)}
-        facts: dict[str, Any] = {}
-        if self.measured is not None:
-            facts = {"macs": self.measured.macs, "elements": dict(self.measured.elements)}
-            if figure.what == "params":
-                facts = {"all": sum(self.measured.params.values()), "appended": self.measured.appended}
+        facts = {} if self.measured is None else _facts(figure.what, self.measured)
         return {
-            "figure": figure.what, "published": figure.published, "unit": dialect.unit,
+            "figure": figure.what, "published": figure.published, "approximate": figure.approximate,
+            "unit": dialect.unit,
             "computed": None if self.computed is None else float(self.computed),
-            "printed": None if self.printed is None else float(self.printed), "count": self.count,
+            "printed": None if self.printed is None else float(self.printed), "count": _plain(self.count),
             "verdict": self.verdict, "reason": self.reason, "note": figure.note,
             "counted": {**counted, "text": how(dialect, figure.what, self.measured)}, "measured": facts,
         }  # fmt: skip
+
+
+def _plain(count: Decimal | int | None) -> float | int | None:
+    return float(count) if isinstance(count, Decimal) else count
+
+
+def _facts(what: str, measured: Measured) -> dict[str, Any]:
+    """What was counted before the dialect had its say."""
+    if what == "params":
+        return {"all": sum(measured.params.values()), "appended": measured.appended}
+    if what in SEARCHED:
+        return {"genes": len(measured.genes), "channels": measured.channels}
+    return {
+        "macs": measured.macs, "repair_macs": measured.repair_macs, "elements": dict(measured.elements),
+        "appended_elements": measured.appended_elements, "trained": list(measured.trained),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,7 +137,7 @@ def compare(papers: Sequence[Paper], progress: Callable[[int], None] | None = No
     for number, (paper, table, row) in enumerate(places, 1):
         measured = None
         if row.network is not None:
-            key = repr((row.network, row.size))
+            key = repr((row.network, row.size, sorted(row.charged), row.trained, row.searched))
             measured = done[key] if key in done else done.setdefault(key, measure(row))
         found += [_judge(paper, table, row, figure, measured) for figure in row.figures]
         if progress is not None:
@@ -142,10 +157,17 @@ def _judge(paper: Paper, table: Table, row: Row, figure: Figure, measured: Measu
     return Compared(paper, table, row, figure, count, printed, verdict, reason, measured)
 
 
-def _count(row: Row, figure: Figure, measured: Measured) -> int:
+def _count(row: Row, figure: Figure, measured: Measured) -> Decimal | int:
     dialect = figure.dialect
     if figure.what == "macs":
-        return measured.macs + sum(number * measured.elements[what] for what, number in dialect.elements.items())
+        products = measured.macs - (0 if dialect.repair else measured.repair_macs)
+        norms = measured.appended_elements if dialect.appended else 0
+        elements = {what: number + (norms if what == "batchnorm" else 0) for what, number in measured.elements.items()}
+        return products + sum(number * elements[what] for what, number in dialect.elements.items())
+    if figure.what == "bits":
+        return Decimal(str(sum(map(log2, measured.genes))))
+    if figure.what == "channels":
+        return measured.channels
     out = {name for pattern in dialect.exclude for name in _matching(row, pattern, measured.params)}
     left = sum(number for name, number in measured.params.items() if name not in out)
     return left if dialect.appended else left - measured.appended
@@ -160,6 +182,8 @@ def _matching(row: Row, pattern: str, params: Mapping[str, int]) -> list[str]:
 
 def how(dialect: Dialect, what: str, measured: Measured | None = None) -> str:
     """How a figure is counted, in a few words."""
+    if what in SEARCHED:
+        return "log2 of every width that can be chosen" if what == "bits" else "into layers, without the first"
     digits = ", then ".join(map(str, dialect.digits))
     rounded = "truncated" if dialect.rounding == "truncate" else "rounded"
     if len(dialect.digits) > 1:
@@ -167,9 +191,22 @@ def how(dialect: Dialect, what: str, measured: Measured | None = None) -> str:
     elif dialect.digits and dialect.digits[0] < 0:
         rounded += f" to {10 ** -dialect.digits[0]}"
     if what == "macs":
-        charged = [f"{number} {_SHORT[key]}" if number > 1 else _SHORT[key] for key, number in dialect.elements.items()]
-        return f"{' + '.join(['MAC', *charged])}, {rounded}"
+        names = {key: _SHORT.get(key, key) for key in dialect.elements}
+        charged = [f"{number} {names[key]}" if number > 1 else names[key] for key, number in dialect.elements.items()]
+        return ", ".join([" + ".join(["MAC", *charged]), *_conventions(dialect, measured), rounded])
     parts = [f"without {' '.join(dialect.exclude)}"] if dialect.exclude else ["all"]
     if measured is not None and measured.appended:
         parts.append(f"{'with' if dialect.appended else 'without'} appended norms")
     return ", ".join([*parts, rounded])
+
+
+def _conventions(dialect: Dialect, measured: Measured | None) -> Iterator[str]:
+    """What the operations of this network leave out or take in, where it has any of it."""
+    if measured is None:
+        return
+    if measured.appended_elements and "batchnorm" in dialect.elements:
+        yield f"{'with' if dialect.appended else 'without'} appended norms"
+    if measured.trained:
+        yield f"{', '.join(measured.trained)} as trained"
+    if measured.repair_macs:
+        yield f"{'with' if dialect.repair else 'without'} border repair"

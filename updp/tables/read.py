@@ -14,8 +14,9 @@ from updp.spec.files import SUFFIXES, specs_directory
 from updp.spec.schema import load_schema, schema_problems, where
 from updp.spec.tree import Tree, read_text, read_tree
 
-FIGURES = ("macs", "params")
-UNITS = {"M": 6, "G": 9}
+SEARCHED = ("bits", "channels")
+FIGURES = ("macs", "params", *SEARCHED)
+UNITS = {"": 0, "M": 6, "G": 9}
 SIZE = 224  # of images, where a row says nothing
 
 
@@ -27,23 +28,27 @@ class Dialect:
         unit: millions (``M``) or thousands of millions (``G``).
         digits: behind the point; several where a figure was rounded again and again.
         rounding: ``round`` or ``truncate``.
-        elements: operations per element besides multiply-accumulates: what puts the element out -> how many.
+        elements: operations per element besides multiply-accumulates: whose element it is -> how many.
+        repair: whether what repairs the border of merged convolutions is counted.
+        trained: whether blocks that a recipe only reparameterizes are counted as in training, with their norms.
         exclude: patterns of the names of parameters that are left out.
-        appended: whether the batch norms that recipes append are counted as parameters.
+        appended: whether the batch norms that recipes append are counted: as parameters, or their elements.
     """
 
     unit: str = ""
     digits: tuple[int, ...] = ()
     rounding: str = "round"
     elements: Mapping[str, int] = FrozenMap({})
+    repair: bool = True
+    trained: bool = False
     exclude: tuple[str, ...] = ()
     appended: bool = True
 
-    def scaled(self, count: int) -> Decimal:
+    def scaled(self, count: Decimal | int) -> Decimal:
         """A count in the dialect's unit, exactly."""
         return Decimal(count).scaleb(-UNITS[self.unit])
 
-    def printed(self, count: int) -> Decimal:
+    def printed(self, count: Decimal | int) -> Decimal:
         """A count as the paper would print it."""
         value = self.scaled(count)
         mode = ROUND_DOWN if self.rounding == "truncate" else ROUND_HALF_UP
@@ -54,13 +59,14 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Figure:
-    """One published number. ``differs`` says why the computed one is another, where it is."""
+    """One published number, None where it cannot be read. ``differs`` says why ours is another, if it is."""
 
     what: str
-    published: float
+    published: float | None
     dialect: Dialect
     differs: str = ""
     note: str = ""
+    approximate: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,21 @@ class Row:
     unknown: str
     note: str
     place: Place
+
+    @property
+    def charged(self) -> frozenset[str]:
+        """Whose elements are counted."""
+        return frozenset(what for figure in self.figures for what in figure.dialect.elements)
+
+    @property
+    def trained(self) -> bool:
+        """Whether blocks that a recipe only reparameterizes are counted as in training."""
+        return any(figure.dialect.trained for figure in self.figures)
+
+    @property
+    def searched(self) -> bool:
+        """Whether a figure is about the space that a search goes through."""
+        return any(figure.what in SEARCHED for figure in self.figures)
 
 
 @dataclass(frozen=True)
@@ -156,19 +177,23 @@ def _row_problems(tree: Tree) -> Iterator[Problem]:
                 yield Problem(row.place, path, "give `network`, or `unknown`: why there is none")
             if not keys & set(FIGURES):
                 yield Problem(row.place, path, f"no figure: give {' or '.join(FIGURES)}")
-            for what in FIGURES:
+            for what in (what for what in FIGURES if what in keys):
                 settings = _settings(what, row, table, tree.plain().get("figures", {}))
                 for key in ("unit", "digits"):
-                    if what in keys and key not in settings:
+                    if key not in settings:
                         yield Problem(row.value[what].place, f"{path}.{what}", f"its {key!r} is given nowhere")
+                if settings["published"] is None and "network" in keys:
+                    message = "`published` is null: only for `unknown` networks"
+                    yield Problem(row.value[what].place, f"{path}.{what}", message)
 
 
 def _settings(what: str, row: Tree, table: Tree, figures: Mapping[str, Any]) -> dict[str, Any]:
     """What is said of a figure: by the row, else by the table, else by the file."""
-    own = row.value[what].plain() if what in row.value else {}
+    own = row.value[what].plain()
     of_table = table.value["figures"].plain() if "figures" in table.value else {}
     given = own if isinstance(own, dict) else {"published": own}
-    return {**figures.get(what, {}), **of_table.get(what, {}), **given}
+    plain = {"unit": "", "digits": 0} if what in SEARCHED else {}
+    return {**plain, **figures.get(what, {}), **of_table.get(what, {}), **given}
 
 
 def _table(tree: Tree, figures: Mapping[str, Any]) -> Table:
@@ -186,8 +211,8 @@ def _figure(what: str, settings: Mapping[str, Any]) -> Figure:
     known = {field.name for field in fields(Dialect)}
     values = {key: _frozen(value) for key, value in settings.items() if key in known}
     values["digits"] = tuple(values["digits"]) if isinstance(values["digits"], Sequence) else (values["digits"],)
-    texts = {key: settings[key] for key in ("differs", "note") if key in settings}
-    return Figure(what, settings["published"], Dialect(**values), **texts)
+    rest = {key: settings[key] for key in ("differs", "note", "approximate") if key in settings}
+    return Figure(what, settings["published"], Dialect(**values), **rest)
 
 
 def _frozen(value: Any) -> Any:
