@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from updp.kinds import kind_of, scale_parameter
+from updp.layers import BatchNorm
+
+_LEAST_VARIANCE = 1e-2  # of a channel, relative to the mean over the channels
+_ROUNDING = 1e-12  # of the power: a variance that float32 leaves where nothing varies
 
 
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -49,28 +53,46 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def settle(module: nn.Module, run: Callable[[], object]) -> None:
-    """Scale the random statistics of every batch norm to what arrives there, in the order of one run.
+    """Fit the random statistics of every batch norm to what arrives there, channel by channel, in the order of one run.
 
     Statistics that know nothing of their input let a deep network without layer norms grow from block to block, until
     a softmax only picks the largest: then rounding alone changes the output, and no merge could be told from a wrong
-    one.
+    one. One scale for all channels of a norm is not enough: a channel of little power of its own would leave it as a
+    constant, which a ReLU turns to zero, and a wrong weight that reads this channel would change nothing. So every
+    channel is centred and scaled by its own mean and variance; the random values say how far it stays off both.
     """
 
-    def scale(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def fit(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(norm, _BatchNorm)
-        power = args[0].square().mean()
-        if norm.running_mean is not None and norm.running_var is not None and torch.isfinite(power) and power > 0:
-            norm.running_mean.mul_(power.sqrt())
-            norm.running_var.mul_(power)
+        handles.pop(norm).remove()  # once: fitted statistics are no random factors any more
+        if norm.running_mean is None or norm.running_var is None:
+            return
+        mean, var = _moments(norm, args[0])
+        if torch.isfinite(var).all() and var.min() > 0:
+            norm.running_mean.mul_(var.sqrt()).add_(mean)
+            norm.running_var.mul_(var)
 
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
-    handles = [norm.register_forward_pre_hook(scale) for norm in norms]
+    handles = {part: part.register_forward_pre_hook(fit) for part in module.modules() if isinstance(part, _BatchNorm)}
     try:
         with torch.no_grad():
             run()
     finally:
-        for handle in handles:
+        for handle in handles.values():
             handle.remove()
+
+
+def _moments(norm: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every channel that arrives at a norm.
+
+    A channel that hardly varies counts as varying by a hundredth of the others' mean, else its rounding would be blown
+    up to the size of a signal. Where none varies, as in one pixel of one image, the mean power stands in.
+    """
+    at = x.dim() - 1 if isinstance(norm, BatchNorm) and norm.layout == "last" else 1
+    values = x.movedim(at, 0).flatten(1)
+    mean, var, power = values.mean(1), values.var(1, correction=0), values.square().mean()
+    if var.mean() <= _ROUNDING * power:
+        return mean, power.expand_as(var)
+    return mean, var.clamp(min=_LEAST_VARIANCE * var.mean())
 
 
 def _is_bare_scale(module: nn.Module, parameter: nn.Parameter) -> bool:
