@@ -18,7 +18,7 @@ PACKAGE = ROOT / "updp"
 FLOORS = {
     0: ["updp", "errors", "frozen", "files"],
     1: ["spec", "subnet", "measure", "ops", "affine", "layers", "kinds", "flow", "hooks", "randomize", "problems"],
-    2: ["structure", "widths", "padding", "composing", "recipe", "data"],
+    2: ["structure", "widths", "padding", "composing", "runs", "recipe", "data"],
     3: ["supernet", "merging", "certificate", "graph", "oracle", "conformance", "artefact"],
     4: ["search", "train", "calibrate", "draft", "deploy", "exporting", "bench", "zoo", "tables"],
     5: ["report", "pipeline"],

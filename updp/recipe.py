@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from updp.composing import affine_of, module_of
 from updp.errors import Place, Problem, SpecError, suggest
 from updp.flow import Call, FlowModule, Node, Nodes, Parallel, Run, children, rebuild, walk
 from updp.kinds import kind_of, out_channels_of
 from updp.layers import BatchNorm, Layout, conv_padding
 from updp.padding import Geometry, crop_conv, move_padding
+from updp.runs import chain
 from updp.spec import Recipe, Resize
-from updp.structure import BoundBlock
+from updp.structure import BoundBlock, channels_of
 from updp.widths import misfit, widths_of
 
 _SHAPE_PRESERVING = ("norm", "norm_act", "batchnorm", "activation", "scale", "drop", "identity", "negate")
@@ -36,13 +38,15 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 class PrunedFlow(FlowModule):
     """The flow of one pruned block under one recipe: trainable, and ready to be merged.
 
-    `resize` makes the kernel changes that are due; everything else is as in `FlowModule`.
+    `resize` makes the kernel changes that are due; everything else is as in `FlowModule`. Where the recipe composes at
+    the start, every run is one operator from the beginning: ``composed`` has what each stands for.
     """
 
     def __init__(self, draft: _Draft, recipe: Recipe) -> None:
         super().__init__((), {}, draft.entry, draft.extras)
         self.recipe = recipe
         self.appended = tuple(draft.appended)
+        self.composed: dict[str, Nodes] = {}
         self._shared = draft.shared
         self._chained = draft.nodes
         self._geometry = draft.geometry
@@ -56,7 +60,28 @@ class PrunedFlow(FlowModule):
         nodes = self._chained
         if self.recipe.padding == "first":
             nodes = move_padding(nodes, parts, self._geometry)
+        if self.recipe.compose == "start":
+            nodes = self._compose(nodes, parts)
         self.rewire(nodes, parts)
+
+    def _compose(self, nodes: Nodes, parts: dict[str, nn.Module]) -> Nodes:
+        """The one operator that each run merges to, in its place: a new parameter, always with a bias."""
+        out: list[Node] = []
+        for node in nodes:
+            if not isinstance(node, Run):
+                out.append(rebuild(node, lambda flow: self._compose(flow, parts)))
+                continue
+            name = f"composed.{len(self.composed)}"
+            known = (channels_of(parts[n.name]) for n in walk(node.flow) if isinstance(n, Call))
+            operator = module_of(affine_of(node.flow, parts, next(filter(None, known), 0)), node.flow, parts)
+            if getattr(operator, "bias", None) is None:
+                weight = operator.weight
+                assert isinstance(weight, nn.Parameter)
+                operator.bias = nn.Parameter(weight.new_zeros(weight.shape[0]))
+            self.composed[name] = node.flow
+            parts[name] = operator
+            out.append(Call(name))
+        return tuple(out)
 
     def norms(self) -> Iterator[nn.Module]:
         """The batch norms whose statistics belong to this flow."""
@@ -108,7 +133,7 @@ def prune(block: BoundBlock, recipe: Recipe, *, resized: bool = False) -> Pruned
     draft.replace_steps()
     draft.append_layers()
     draft.chain_runs()
-    draft.resize_now(all_of_them=resized)
+    draft.resize_now(all_of_them=resized or recipe.compose == "start")
     flow = PrunedFlow(draft, recipe)
     draft.check_fit(flow)
     return flow
@@ -311,61 +336,8 @@ class _Draft:
 
     def chain_runs(self) -> None:
         """Wrap every chain that merges in a `Run`."""
-        self.touched |= set(self.recipe.resize)
-        if self.recipe.merge == "all":
-            self.nodes = self._wrap_maximal(self.nodes)
-        else:
-            for index, names in enumerate(self.recipe.merge):
-                self.nodes = _unnested(self._wrap_named(self.nodes, names, index))
-
-    def _wrap_maximal(self, nodes: Nodes) -> Nodes:
-        """Every maximal affine run that the recipe touched."""
-        out: list[Node] = []
-        chain: list[Node] = []
-        for node in (*nodes, None):
-            if node is not None and self.is_affine(node):
-                chain.append(node)
-                continue
-            out += self._close(chain)
-            chain = []
-            if node is not None:
-                out.append(rebuild(node, self._wrap_maximal))
-        return tuple(out)
-
-    def _close(self, chain: list[Node]) -> list[Node]:
-        calls = [node.name for node in walk(tuple(chain)) if isinstance(node, Call)]
-        operators = sum(kind_of(self.parts[name]).is_operator for name in calls)
-        sums = any(isinstance(node, Parallel) for node in walk(tuple(chain)))
-        touched = self.recipe.kind == "reparam" or not self.touched.isdisjoint(calls)
-        if not touched or operators == 0 or operators + sums < 2:
-            return chain
-        return [Run(tuple(chain))]
-
-    def _wrap_named(self, nodes: Nodes, names: tuple[str, ...], index: int) -> Nodes:
-        place = (self.recipe.merge_places[index] or (self.recipe.place,))[0] if self.recipe.merge_places else None
-        for name in names:
-            if name not in self.names():
-                raise self.problem(place, f"merge: {suggest(name, self.names())}")
-
-        def wrap(flow: Nodes) -> Nodes:
-            steps = [node.flow if isinstance(node, Run) else (node,) for node in flow]
-            held = [{getattr(step, "name", None) for step in inner} for inner in steps]
-            here = [i for i, found in enumerate(held) if not found.isdisjoint(names)]
-            if not set(names) <= {name for found in held for name in found}:
-                return tuple(rebuild(node, wrap) for node in flow)
-            chain = flow[min(here) : max(here) + 1]
-            for node in chain:
-                if not self.is_affine(node):
-                    what = getattr(node, "name", None) or type(node).__name__
-                    raise self.problem(place, f"merge: {what!r} between {names[0]!r} and {names[-1]!r} is not affine")
-            if not any(isinstance(n, Call) and kind_of(self.parts[n.name]).is_operator for n in walk(chain)):
-                raise self.problem(place, f"merge: no convolution or linear layer in {', '.join(names)}")
-            return (*flow[: min(here)], Run(chain), *flow[max(here) + 1 :])
-
-        wrapped = wrap(nodes)
-        if wrapped == nodes:
-            raise self.problem(place, f"merge: {', '.join(names)} are not steps of one flow")
-        return wrapped
+        touched = self.touched | set(self.recipe.resize)
+        self.nodes = chain(self.nodes, self.parts, self.recipe, touched, self.problem)
 
     def check_fit(self, flow: PrunedFlow) -> None:
         """Run the pruned flow where a change may not fit: other channels, another stride, further arguments."""
@@ -373,24 +345,10 @@ class _Draft:
             what = ", ".join(change for change, _ in self.doubtful)
             raise self.problem(self.doubtful[0][1], f"{what}: the pruned block {found}")
 
-    def is_affine(self, node: Node) -> bool:
-        if isinstance(node, Call):
-            return kind_of(self.parts[node.name]).affine is not None
-        if isinstance(node, Parallel):
-            return all(self.is_affine(inner) for flow in node.flows for inner in flow)
-        return isinstance(node, Run)
 
-
-def _unnested(nodes: Nodes, inside: bool = False) -> Nodes:
-    """Merges that overlap are one: a run inside a run is part of it, and its padding moves with the others."""
-    out: list[Node] = []
-    for node in nodes:
-        if isinstance(node, Run):
-            flow = _unnested(node.flow, True)
-            out += flow if inside else [Run(flow)]
-        else:
-            out.append(rebuild(node, lambda flow: _unnested(flow, inside)))
-    return tuple(out)
+def unchanged(name: str) -> Recipe:
+    """The recipe that changes nothing."""
+    return Recipe(name, {}, {}, merge=())
 
 
 def _new_layer(name: str) -> nn.Module:

@@ -62,7 +62,7 @@ def build_recipe(name: str, tree: Tree) -> Recipe:
     replaced, resized = (tree.get(key) or empty for key in ("replace", "resize"))
     replace = {key: Replace(item.value, item.place) for key, item in replaced.value.items()}
     resize = {key: _resize(item) for key, item in resized.value.items()}
-    options = {key: tree.value[key].value for key in ("padding", "kind") if key in tree.value}
+    options = {key: tree.value[key].value for key in ("padding", "kind", "compose") if key in tree.value}
     merge = tree.get("merge")
     if merge is not None and merge.value != "all":
         options["merge"] = tuple(tuple(step.value for step in run.value) for run in merge.value)

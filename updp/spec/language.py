@@ -135,7 +135,8 @@ class Recipe:
     ``merge`` is ``"all"`` (every maximal affine run that the recipe touched) or lists of steps, a list for
     each merge.
     ``padding`` says where a merge puts the paddings: on the first operator, or where they are.
-    A ``reparam`` recipe makes nothing shallower and stays out of the search.
+    A ``reparam`` recipe makes nothing shallower and stays out of the search. ``compose`` says when what merges
+    becomes one operator: when all is trained, or before.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Recipe:
     merge: Literal["all"] | tuple[tuple[str, ...], ...] = "all"
     padding: Literal["first", "keep"] = "first"
     kind: Literal["prune", "reparam"] = "prune"
+    compose: Literal["start", "end"] = "end"
     place: Place | None = field(default=None, compare=False)
     merge_places: tuple[tuple[Place, ...], ...] = field(default=(), compare=False)
 
