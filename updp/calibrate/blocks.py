@@ -1,0 +1,269 @@
+"""Solving the operators of pruned blocks, block after block, on the pruned network's own inputs.
+
+Every pruned block is solved on what the already pruned network gives it against what the baseline's block gave, so that
+it makes up for the errors before it. Nothing is ever held of all images: each pass streams them again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from updp.calibrate.appended import Range, open_appended
+from updp.calibrate.equations import RIDGES, Equations
+from updp.calibrate.observe import Key, Value, observe, record, reference_of
+from updp.calibrate.rows import as_solution, assign, sample, shape_of
+from updp.errors import InputError
+from updp.recipe import PrunedFlow, prune
+from updp.structure import evaluating
+from updp.subnet import KEEP, SubnetConfig
+from updp.supernet import Supernet, estimating
+
+Images: TypeAlias = Callable[[], Iterable[Tensor]]
+"""Gives the same batches ``(N, C, H, W)`` each time it is called."""
+
+
+@dataclass(frozen=True)
+class SolveSettings:
+    """How blocks are solved.
+
+    Attributes:
+        positions: samples of each image and operator, of maps and of tokens.
+        held_out: part of each batch that chooses the ridge and tells the error.
+        restore: give each output back the variance that least squares takes from it.
+        seed: of the positions.
+    """
+
+    positions: int = 64
+    held_out: float = 0.2
+    restore: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One operator and how well it stands for its steps.
+
+    Attributes:
+        error_before, error: mean square error on held-out positions, relative to the variance of what is wanted,
+            of the operator as merging alone gives it and of the solved one.
+        ridge: infinite where the operator stays as merging gives it.
+        determined: whether there were more samples than unknowns of an output; the ridge decides the rest.
+    """
+
+    block: str
+    operator: str
+    samples: int
+    unknowns: int
+    ridge: float
+    error_before: float
+    error: float
+
+    @property
+    def determined(self) -> bool:
+        return self.samples > self.unknowns
+
+
+def solve_subnet(
+    supernet: Supernet,
+    subnet: SubnetConfig,
+    images: Images,
+    settings: SolveSettings | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Solved]:
+    """Solve every pruned block of a subnet, in order of execution; the supernet is left at that subnet.
+
+    Args:
+        supernet: of a spec whose recipes compose at the start; its baseline has trained weights.
+        progress: called with how many blocks are done.
+
+    Raises:
+        InputError: no images, or the maps of a block are not finite.
+    """
+    solved: list[Solved] = []
+    before: dict[str, str] = {}
+    for name in supernet.blocks:
+        if (choice := subnet.choice(name)) != KEEP:
+            config = SubnetConfig(supernet.spec.name, before)
+            solved += solve_blocks(supernet, {name: choice}, config, images, settings)
+            before[name] = choice
+            if progress is not None:
+                progress(len(before))
+    supernet.set_subnet(subnet)
+    return solved
+
+
+def solve_blocks(
+    supernet: Supernet,
+    choices: Mapping[str, str],
+    before: SubnetConfig,
+    images: Images,
+    settings: SolveSettings | None = None,
+) -> list[Solved]:
+    """Solve blocks independently of each other, in one network: that in which ``before`` is pruned."""
+    stream = _Stream(supernet, choices, before, images)
+    settings = settings or SolveSettings()
+    with evaluating(supernet), torch.no_grad():
+        _estimate_norms(stream)
+        solved = []
+        for turn in range(max(len(flow.composed) for flow in stream.flows.values())):
+            solved += _solve_operators(stream, turn, settings)
+    return solved
+
+
+class _Stream:
+    """Batch by batch and block by block: a block's input in the pruned network, and its baseline's values."""
+
+    def __init__(self, supernet: Supernet, choices: Mapping[str, str], before: SubnetConfig, images: Images) -> None:
+        self.supernet, self.before, self.images = supernet, before, images
+        self.flows: dict[str, PrunedFlow] = {}
+        for name, recipe in choices.items():
+            flow = supernet.blocks[name].choices[recipe]
+            assert isinstance(flow, PrunedFlow)
+            # Whatever it was solved to before: what is compared is the operator as merging gives it.
+            fresh = prune(supernet.bound[name], supernet.spec.recipes[recipe])
+            flow.load_state_dict(fresh.state_dict())
+            self.flows[name] = flow
+        self.references = {name: reference_of(supernet.bound[name]) for name in choices}
+
+    def inputs(self) -> Iterator[tuple[str, Tensor]]:
+        """What the pruned network gives the blocks."""
+        for batch in self._batches():
+            yield from self._caught(batch, self.before).items()
+
+    def pairs(self) -> Iterator[tuple[str, Tensor, dict[Key, Value]]]:
+        """Blocks' inputs with their baselines' values."""
+        for batch in self._batches():
+            baseline = self._caught(batch, self.supernet.all_keep())
+            pruned = self._caught(batch, self.before) if self.before.choices else baseline
+            for name, x in pruned.items():
+                yield name, x, record(self.references[name], baseline[name])
+
+    def _batches(self) -> Iterator[Tensor]:
+        empty = True
+        for batch in self.images():
+            empty = False
+            yield batch
+        if empty:
+            raise InputError("no images to calibrate on")
+
+    def _caught(self, batch: Tensor, subnet: SubnetConfig) -> dict[str, Tensor]:
+        self.supernet.set_subnet(subnet)
+        return inputs_of(self.supernet, list(self.flows), batch)
+
+
+class _Caught(Exception):
+    """Stops a forward pass behind what was asked for."""
+
+
+def inputs_of(supernet: Supernet, names: Iterable[str], x: Tensor) -> dict[str, Tensor]:
+    """What a network gives some of its blocks; the blocks behind the last of them do not run."""
+    caught: dict[str, Tensor] = {}
+    wanted = set(names)
+
+    def catch(name: str, value: Tensor) -> None:
+        caught[name] = value
+        if caught.keys() == wanted:
+            raise _Caught
+
+    blocks = supernet.blocks
+    handles = [
+        blocks[name].register_forward_pre_hook(lambda module, args, name=name: catch(name, args[0])) for name in wanted
+    ]
+    try:
+        supernet(x)
+    except _Caught:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return caught
+
+
+def _estimate_norms(stream: _Stream) -> None:
+    """Statistics of the norms that the flows own, but for those appended, which come last."""
+    norms = []
+    for flow in stream.flows.values():
+        appended = {id(flow.part(name)) for name in flow.appended}
+        norms += [norm for norm in flow.norms() if isinstance(norm, _BatchNorm) and id(norm) not in appended]
+    if norms:
+        with estimating(norms):
+            for name, x in stream.inputs():
+                stream.flows[name](x)
+
+
+@dataclass
+class _Problem:
+    """One operator under solution."""
+
+    block: str
+    operator: str
+    part: nn.Module
+    fit: Equations
+    held_out: Equations
+    given: Range | None = None  # what the baseline block gives
+
+    @classmethod
+    def of(cls, block: str, operator: str, flow: PrunedFlow) -> _Problem:
+        part = flow.part(operator)
+        device = next(part.parameters()).device
+        return cls(block, operator, part, Equations(*shape_of(part), device), Equations(*shape_of(part), device))
+
+    def add(self, x: Tensor, wanted: Tensor, settings: SolveSettings, generator: torch.Generator) -> None:
+        """Take in a batch; its last images are held out."""
+        if not (torch.isfinite(x).all() and torch.isfinite(wanted).all()):
+            raise InputError(f"block {self.block}: the network's values are not finite; check weights and images")
+        parts = max(1, round(len(x) * (1 - settings.held_out)))
+        for equations, where in ((self.fit, slice(0, parts)), (self.held_out, slice(parts, len(x)))):
+            if where.start < where.stop:
+                equations.add(*sample(self.part, x[where], wanted[where], settings.positions, generator))
+
+    def solve(self, settings: SolveSettings) -> Solved:
+        """Take the ridge and the prior (none, or the merged weight) that do best on what was held out; then use all.
+
+        With few samples the operator as merging gives it may be best: it then stays.
+        """
+        judge = self.held_out if self.held_out.count else self.fit
+        merged, bias = as_solution(self.part), self.part.bias
+        assert isinstance(bias, Tensor)
+        before = judge.error(merged, bias.detach().double().reshape(len(merged), -1))
+        tried = {(r, p): judge.error(*self.fit.solve(r, merged if p else None)) for r in RIDGES for p in (False, True)}
+        (ridge, with_prior), error = min(tried.items(), key=lambda item: item[1])
+        self.fit.merge(self.held_out)
+        if error < before:
+            found = self.fit.solve(ridge, merged if with_prior else None)
+            assign(self.part, *(self.fit.restored(*found) if settings.restore else found))
+        else:
+            ridge, error = math.inf, before
+        return Solved(self.block, self.operator, self.fit.count, self.fit.unknowns, ridge, before, error)
+
+
+def _solve_operators(stream: _Stream, turn: int, settings: SolveSettings) -> list[Solved]:
+    """Solve one operator of each block, the one whose turn it is."""
+    problems = {
+        name: _Problem.of(name, list(flow.composed)[turn], flow)
+        for name, flow in stream.flows.items()
+        if turn < len(flow.composed)
+    }
+    generator = torch.Generator().manual_seed(settings.seed)
+    for name, x, reference in stream.pairs():
+        if (problem := problems.get(name)) is not None:
+            seen = observe(stream.flows[name], problem.operator, x, reference)
+            problem.add(seen.input, seen.wanted, settings, generator)
+            given = list(reference.values())[-1]
+            problem.given = problem.given or Range.of(given)
+            problem.given.add(given)
+    solved = []
+    for name, problem in problems.items():
+        solved.append(problem.solve(settings))
+        flow = stream.flows[name]
+        if flow.appended and turn == len(flow.composed) - 1:
+            assert problem.given is not None
+            open_appended(flow, problem.given)
+    return solved
