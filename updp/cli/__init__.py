@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from updp import __version__
-from updp.cli import about, networks, runs, tables
+from updp.cli import about, calibration, networks, runs, tables
 from updp.cli.console import remember
 from updp.errors import UpdpError
 from updp.spec import list_specs
@@ -51,6 +51,10 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "train": (runs.train, "updp train runs/first"),
         "search": (runs.search, "updp search runs/first"),
         "finetune": (runs.finetune, "updp finetune runs/first"),
+        "calibrate": (
+            calibration.calibrate,
+            "updp calibrate {spec} --weights W --data folder:IMAGES --prune 4 --out calibrated",
+        ),
         "merge": (networks.merge, "updp merge {spec} --subnet subnet.json --out net.safetensors"),
         "report": (runs.report, "updp report runs/first"),
     },

@@ -69,6 +69,19 @@ def open_folder(name: str, path: Path) -> Source:
     return Source(name, images[0] if learned else None, images[-1] if judged else None, classes, count)
 
 
+def open_unlabelled(name: str, path: Path) -> Source:
+    """All image files below a folder, whatever is said of them.
+
+    Raises:
+        InputError: no such folder, or no images below it.
+    """
+    check_directory(path)
+    files = _images_below(path)
+    if not files:
+        raise InputError(f"{path}: no images; allowed: {', '.join(SUFFIXES)}")
+    return Source(name, FileImages(files, [0] * len(files)), None, None, 0)
+
+
 class _Labelled:
     """The image files of one set; ``classes`` is None where the labels are indices."""
 

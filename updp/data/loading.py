@@ -66,7 +66,11 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     def first(self, count: int) -> ImageSet:
         """The first ``count`` images, or all if there are fewer."""
-        return ImageSet(self.images, self.indices[:count], self.transform, self.mode, self.seed)
+        return self.part(0, count)
+
+    def part(self, first: int, end: int) -> ImageSet:
+        """The images from position ``first`` up to ``end``."""
+        return ImageSet(self.images, self.indices[first:end], self.transform, self.mode, self.seed)
 
 
 class StreamSet(IterableDataset[tuple[Tensor, int]]):

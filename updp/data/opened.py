@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from updp.data.factory import open_factory
-from updp.data.folders import open_folder
+from updp.data.folders import open_folder, open_unlabelled
 from updp.data.loading import ImageSet, StreamSet
 from updp.data.packed import open_packed
 from updp.data.sources import Images, Source, Stream, open_digits, stratified_order
@@ -18,26 +18,27 @@ from updp.errors import InputError
 from updp.spec import TrainSettings
 
 
-def open_data(name: str, *, input: tuple[int, int, int], config: DataConfig) -> Data:
+def open_data(name: str, *, input: tuple[int, int, int], config: DataConfig, labelled: bool = True) -> Data:
     """Open a data set.
 
     Args:
         name: ``digits``, ``folder:PATH``, ``npz:PATH`` or a name of timm's factory, ``NAME[,OPTION...][@ROOT]``.
         input: channels, height and width of the network's input.
         config: from :func:`data_config`.
+        labelled: a folder without classes or labels is an error; if not, all images below it are taken.
 
     Raises:
         InputError: no such data set, no images in it, or files that are not what they should be.
     """
     config = fit_channels(config, input[0])
     try:
-        source = _open(name)
+        source = _open(name, labelled)
     except OSError as error:  # folders that may not be read, and the like
         raise InputError(f"data {name!r}: {error.filename or ''}: {error.strerror or error}") from error
     return Data(source, input=input, config=replace(config, crop_pct=1.0) if source.whole else config)
 
 
-def _open(name: str) -> Source:
+def _open(name: str, labelled: bool) -> Source:
     kind, _, rest = name.partition(":")
     if name == "digits":
         return open_digits()
@@ -45,7 +46,9 @@ def _open(name: str) -> Source:
         if not rest:
             raise InputError(f"data {name!r}: say where it is: {kind}:PATH")
         path = Path(os.path.expanduser(rest))
-        return open_folder(name, path) if kind == "folder" else open_packed(name, path)
+        if kind == "folder":
+            return open_folder(name, path) if labelled else open_unlabelled(name, path)
+        return open_packed(name, path)
     return open_factory(name)
 
 
@@ -112,6 +115,17 @@ class Data:
             return self._stream(source, (held_out, 1.0), seed).first(images)
         start = _part(len(source), held_out)
         return self._judged(source, _order(source, seed)[start : start + images])
+
+    def any_images(self, count: int, seed: int) -> ImageSet:
+        """``count`` images, or all there are, of which labels are not asked: training images if there are any.
+
+        Raises:
+            InputError: they can only be read as a stream.
+        """
+        images = self.source.train if self.source.train is not None else self.source.val
+        if images is None or isinstance(images, Stream):
+            raise InputError(f"data {self.source.name!r} can only be read from end to end; allowed: a folder, npz:PATH")
+        return self._judged(images, _order(images, seed)[:count])
 
     def val(self) -> ImageSet | StreamSet:
         """The images to judge on."""

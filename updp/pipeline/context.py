@@ -166,14 +166,14 @@ def start(device: str, precision: str, threads: int) -> Accelerator:
     return create_accelerator(precision, cpu=device == "cpu")
 
 
-def open_for(spec: ArchSpec, name: str, model: nn.Module | None = None) -> Data:
-    """A data set, with the transforms that the spec's network wants.
+def open_for(spec: ArchSpec, name: str, model: nn.Module | None = None, *, labelled: bool = True) -> Data:
+    """A data set, with the transforms that the spec's network wants; one without labels only if that is said.
 
     Raises:
         InputError: there is no such data.
     """
     config = data_config(create_model(spec) if model is None else model, spec.data)
-    return open_data(name, input=spec.input, config=config)
+    return open_data(name, input=spec.input, config=config, labelled=labelled)
 
 
 def absolute(data: str) -> str:

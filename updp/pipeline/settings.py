@@ -7,7 +7,7 @@ so that a network made from it can be rebuilt from that text alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +62,15 @@ def _rewrite(spec: ArchSpec, settings: Sequence[str]) -> ArchSpec:
     except SpecError as error:  # lines and columns of the rewritten text would help nobody
         raise InputError([replace(problem, place=Place(shown)) for problem in error.problems]) from None
     return replace(changed, file=spec.file)
+
+
+def rewrite(spec: ArchSpec, changes: Mapping[str, Any]) -> ArchSpec:
+    """The spec with other values at these paths, and the text that says so."""
+    document = read_tree(spec.text, spec.file).plain()
+    for path, value in changes.items():
+        _put(document, path.split("."), value, f"{path}={value}")
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return replace(parse_spec(text, file=spec.file, name=spec.name), schedule=spec.schedule)
 
 
 def _put(document: dict[str, Any], path: Sequence[str], value: Any, setting: str) -> None:
