@@ -17,7 +17,20 @@ PACKAGE = ROOT / "updp"
 # Rooms by floor. A room imports rooms of lower floors, and of its own floor those that stand before it.
 FLOORS = {
     0: ["updp", "errors", "frozen", "files"],
-    1: ["spec", "subnet", "measure", "ops", "affine", "layers", "kinds", "flow", "hooks", "randomize", "problems"],
+    1: [
+        "spec",
+        "subnet",
+        "measure",
+        "ops",
+        "affine",
+        "layers",
+        "kinds",
+        "flow",
+        "hooks",
+        "randomize",
+        "problems",
+        "packaged",
+    ],
     2: ["structure", "widths", "padding", "composing", "runs", "recipe", "data"],
     3: ["supernet", "merging", "certificate", "graph", "oracle", "conformance", "artefact"],
     4: ["search", "train", "calibrate", "draft", "deploy", "exporting", "bench", "zoo", "tables"],
@@ -25,7 +38,7 @@ FLOORS = {
     6: ["cli", "__main__"],
 }
 ORDER = [room for floor in sorted(FLOORS) for room in FLOORS[floor]]
-WITHOUT_TORCH = ["errors", "files", "frozen", "spec", "subnet"]
+WITHOUT_TORCH = ["errors", "files", "frozen", "packaged", "spec", "subnet"]
 
 # Families of networks; those of the specs are added. updp knows none of them.
 FAMILIES = {

@@ -131,11 +131,11 @@ def _json(text: str, path: Path, what: str) -> Any:
         raise InputError(f"{path}: metadata {what!r} is not JSON: {error}") from None
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a baseline's weights: a safetensors file with timm's names, or a ``.pth`` state dict (tensors only).
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """A baseline's weights, names as in the file: safetensors, or a ``.pth`` state dict (tensors only).
 
     Raises:
-        InputError: the file is not such a file, or its names or shapes are another network's.
+        InputError: the file is not such a file.
     """
     path = Path(path)
     if path.suffix in (".pth", ".pt", ".bin") and path.is_file():
@@ -148,9 +148,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
         if not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise InputError(f"{path}: not a state dict of tensors")
-    else:
-        tensors, _ = load_tensors(path)
-    load_state(model, tensors, path)
+        return dict(tensors)
+    return load_tensors(path)[0]
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------

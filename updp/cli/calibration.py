@@ -10,6 +10,7 @@ import typer
 from updp.cli.console import duration, err, guarded, line, out, print_json, quantity, table
 from updp.cli.networks import Json, Settings, Spec
 from updp.cli.progress import ConsoleWatch
+from updp.cli.runs import WEIGHTS
 from updp.errors import InputError
 from updp.pipeline.program import program
 
@@ -33,7 +34,7 @@ def parse_budget(text: str | None) -> float | None:
 @guarded(again="A table of damages that is finished is kept. The same command goes on from there:")
 def calibrate(
     spec: Spec,
-    weights: Annotated[Path, typer.Option(metavar="W", help="Trained weights: safetensors or a state dict.")],
+    weights: Annotated[str, typer.Option(metavar="W", help=f"{WEIGHTS}.")],
     data: Annotated[
         str, typer.Option(metavar="IMAGES", help="folder:PATH (no labels needed), npz:PATH, digits, or a timm name.")
     ],

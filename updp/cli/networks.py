@@ -12,7 +12,7 @@ from rich.text import Text
 
 from updp.cli.console import err, guarded, line, out, percent, print_json, quantity, show_error, table
 from updp.cli.progress import ConsoleWatch
-from updp.cli.runs import merge_run
+from updp.cli.runs import WEIGHTS, merge_run
 from updp.errors import CertificateError, InputError, UpdpError
 from updp.pipeline.program import program
 
@@ -30,9 +30,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the spec, e.g. model.pad_type=same."),
 ]
-Weights = Annotated[
-    Path | None, typer.Option(metavar="W", help="Trained weights of the spec's network: safetensors or a state dict.")
-]
+Weights = Annotated[str | None, typer.Option(metavar="W", help=f"{WEIGHTS}.")]
 Subnet = Annotated[
     str | None,
     typer.Option(metavar="NAME|FILE", help="A shipped subnet (see `updp list`) or a file; without it all is kept."),

@@ -23,9 +23,9 @@ Data = Annotated[str, typer.Option(metavar="D", help="digits, folder:PATH, npz:P
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The run's directory: new, empty, or this run's.")]
 Prune = Annotated[int | None, typer.Option(metavar="K", help="How many blocks to prune.")]
 Recipe = Annotated[str | None, typer.Option(metavar="R", help="Prune under this recipe, not each block's first.")]
-Weights = Annotated[
-    Path | None, typer.Option(metavar="W", help="Trained weights of the network; they take baseline's place.")
-]
+WEIGHTS = "Trained weights of the network, a file (safetensors or a state dict), or package: those that an installed \
+package carries (see `updp list`)"
+Weights = Annotated[str | None, typer.Option(metavar="W", help=f"{WEIGHTS}; they take baseline's place.")]
 Subnet = Annotated[
     str | None,
     typer.Option(metavar="NAME|FILE", help="Which blocks to prune, in place of supernet and search: see `updp list`."),

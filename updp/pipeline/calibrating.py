@@ -20,6 +20,7 @@ from updp.data import ImageSet, loader
 from updp.errors import InputError, Place, Problem
 from updp.files import json_text, read_json, sha256, write_text
 from updp.oracle import Count, count, count_subnet
+from updp.packaged import find_weights
 from updp.pipeline.context import absolute, open_for, workers_for
 from updp.pipeline.finish import merge_certified
 from updp.pipeline.prepare import model_with_weights
@@ -43,7 +44,7 @@ class CalibrationRequest:
     """
 
     spec: str
-    weights: Path
+    weights: str | Path
     data: str
     out: Path
     prune: int | None = None
@@ -171,7 +172,8 @@ def _table(
 ) -> DamageTable:
     """The damages, from the directory if they were measured there for the same network and images."""
     identity = {
-        "spec_hash": spec.hash, "weights": sha256(request.weights), "data": absolute(request.data),
+        "spec_hash": spec.hash, "weights": sha256(find_weights(request.weights, spec.model.name)),
+        "data": absolute(request.data),
         "images": len(batches[0].images) + len(batches[1].images), "recipe": request.recipe,
         "settings": dataclasses.asdict(settings), "torch": torch.__version__,
     }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 
-from updp.artefact import load_tensors, load_weights
+from updp.artefact import load_state, read_weights
 from updp.conformance import check_spec
 from updp.data import Data
 from updp.errors import InputError, Place, Problem, suggest
 from updp.files import sha256
 from updp.measure import environment
+from updp.packaged import find_weights, names_in
 from updp.pipeline.context import absolute, open_for
 from updp.pipeline.directory import RunDirectory, RunRecord, is_seed
 from updp.pipeline.settings import resolve, split_settings
@@ -42,7 +43,7 @@ class Request:
     out: Path
     prune: int | None = None
     recipe: str | None = None
-    weights: Path | None = None
+    weights: str | Path | None = None
     subnet: str | Path | None = None
     settings: Sequence[str] = ()
     seed: int | None = None
@@ -185,12 +186,15 @@ def _examine(
         subnet, prune = _check_choice(request, supernet)
     found.check()
     assert model is not None
-    weights = request.weights and {"file": str(request.weights.absolute()), "sha256": sha256(request.weights)}
+    weights = None
+    if request.weights is not None:
+        file = find_weights(request.weights, spec.model.name)
+        weights = {"file": str(file.absolute()), "sha256": sha256(file)}
     record = RunRecord(
         spec=spec.name, spec_hash=spec.hash, data=absolute(request.data), num_classes=_num_classes(model),
         prune=prune, recipe=request.recipe, settings=tuple(split_settings(settings)[1]),
         seed=spec.schedule.seed, threads=torch.get_num_threads(), device=where[0],
-        precision=where[1], weights=weights or None,
+        precision=where[1], weights=weights,
         subnet=None if subnet is None else dict(subnet.choices), blocks=tuple(_blocks(supernet)),
         environment=environment(where[0]),
     )  # fmt: skip
@@ -221,41 +225,40 @@ def _check_training(spec: ArchSpec) -> None:
             raise InputError([Problem(None, stage, str(error))]) from None
 
 
-def _model(spec: ArchSpec, weights: Path | None, data: Data | None, plain_model: nn.Module) -> nn.Module:
+def _model(spec: ArchSpec, weights: str | Path | None, data: Data | None, plain_model: nn.Module) -> nn.Module:
     if weights is None:
         return plain_model if data is None else create_model(spec, num_classes=data.num_classes)
     return model_with_weights(spec, weights, data)
 
 
-def model_with_weights(spec: ArchSpec, weights: Path, data: Data | None) -> nn.Module:
+def model_with_weights(spec: ArchSpec, weights: str | Path, data: Data | None) -> nn.Module:
     """The spec's network with weights from a file, of as many classes as the file has.
 
+    Args:
+        weights: as `find_weights` takes them: a file, or the word ``package``.
+
     Raises:
-        InputError: the weights are another network's, or their classes are not the data's.
+        InputError: the weights are not there or another network's, or their classes are not the data's.
     """
-    model = create_model(spec)
-    classes = _classes_in(weights, model) or (None if data is None else data.num_classes or None)
+    file = find_weights(weights, spec.model.name)
+    model, tensors = create_model(spec), read_weights(file)
+    if (names := names_in(file, spec.model.name)) is not None:
+        new = names(tensors, model.state_dict())
+        tensors = {new[name]: tensor for name, tensor in tensors.items()}
+    classes = _classes_in(tensors, model) or (None if data is None else data.num_classes or None)
     if classes not in (None, _num_classes(model)):
         model = create_model(spec, num_classes=classes)
-    load_weights(model, weights)
+    load_state(model, tensors, file)
     if data is not None:
         data.check_classes(_num_classes(model))
     return model
 
 
-def _classes_in(weights: Path, model: nn.Module) -> int | None:
-    """How many classes the head in a file has; None where the file has no such head, or cannot be read."""
+def _classes_in(tensors: Mapping[str, Tensor], model: nn.Module) -> int | None:
+    """How many classes the head in a file has; None where the file has no such head."""
     heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    try:
-        if weights.suffix in (".pth", ".pt", ".bin"):
-            tensors = torch.load(weights, map_location="cpu", weights_only=True)
-            tensors = tensors.get("state_dict", tensors)
-        else:
-            tensors, _ = load_tensors(weights)
-        sizes = [tensors[f"{head}.weight"].shape[0] for head in ([heads] if isinstance(heads, str) else heads)]
-    except Exception:  # reading it as weights, which comes next, says what is wrong with it
-        return None
-    return int(sizes[0]) if sizes else None
+    sizes = [tensors.get(f"{head}.weight") for head in ([heads] if isinstance(heads, str) else heads)]
+    return int(sizes[0].shape[0]) if sizes and sizes[0] is not None and sizes[0].ndim else None
 
 
 def _num_classes(model: nn.Module) -> int:

@@ -39,7 +39,12 @@ class Judged:
 
 
 def judge(
-    name: str, data_name: str, weights: Path | None, settings: Sequence[str], device: str, watch: Watch | None = None
+    name: str,
+    data_name: str,
+    weights: str | Path | None,
+    settings: Sequence[str],
+    device: str,
+    watch: Watch | None = None,
 ) -> Judged:
     """Score a saved network, or a spec's network with given weights, on the validation images of a data set.
 
@@ -64,7 +69,7 @@ def judge(
     return Judged(name, origin, result, data)
 
 
-def _saved_spec(path: Path, weights: Path | None, settings: Sequence[str]) -> ArchSpec:
+def _saved_spec(path: Path, weights: str | Path | None, settings: Sequence[str]) -> ArchSpec:
     if weights is not None:
         raise InputError(f"--weights: {path} has its own weights; allowed with a spec")
     others = [setting for setting in settings if not setting.strip().startswith("data.")]
@@ -84,7 +89,7 @@ class Merged:
 
 
 def merge_spec(
-    name: str, subnet: str | Path, weights: Path | None, out: Path, settings: Sequence[str] = (), seed: int = 0
+    name: str, subnet: str | Path, weights: str | Path | None, out: Path, settings: Sequence[str] = (), seed: int = 0
 ) -> Merged:
     """Merge a spec's network as a subnet says, without training, and save it.
 
