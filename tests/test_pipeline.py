@@ -21,7 +21,7 @@ from updp.certificate import Certificate
 from updp.errors import InputError
 from updp.files import read_json
 from updp.measure import LatencyTable
-from updp.pipeline import STAGES, RunDirectory, directory, finish
+from updp.pipeline import SEARCHED, RunDirectory, directory, finish
 from updp.pipeline import run as run_module
 from updp.pipeline.directory import write_json
 from updp.pipeline.program import program
@@ -79,7 +79,7 @@ def test_a_run_leaves_its_products(finished):
         "run.json", "spec.yaml", "report.html",
         "baseline/weights.safetensors", "supernet/weights.safetensors", "finetune/weights.safetensors",
         "search/subnet.json", "search/scores.jsonl", "merge/merged.safetensors", "merge/merged.source.safetensors",
-        "merge/merged.onnx", *(f"{stage}/result.json" for stage in STAGES),
+        "merge/merged.onnx", *(f"{stage}/result.json" for stage in SEARCHED),
     }  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def test_run_json_says_what_the_run_is(finished):
 
 
 def test_results_say_what_each_stage_came_to(finished):
-    baseline, supernet, search, finetune, merge = (result(finished, stage) for stage in STAGES)
+    baseline, supernet, search, finetune, merge = (result(finished, stage) for stage in SEARCHED)
     assert baseline["epochs"] == len(baseline["history"]) == finetune["epochs"] == 2
     assert [record["epoch"] for record in baseline["history"]] == [1, 2]
     assert baseline["history"][-1]["top1"] == baseline["top1"] > 20
@@ -204,7 +204,7 @@ def test_given_weights_and_subnet_take_the_place_of_stages(finished, tmp_path, c
     out = tmp_path / "given"
     done = call(*tiny_run(out, "--weights", weights, "--subnet", subnet, prune=None))
     assert done.status == 0, done
-    assert [stage for stage in STAGES if (out / stage / "result.json").exists()] == ["baseline", "finetune", "merge"]
+    assert [stage for stage in SEARCHED if (out / stage / "result.json").exists()] == ["baseline", "finetune", "merge"]
     given = result(out, "baseline")
     assert (given["epochs"], given["top1"]) == (0, result(finished, "baseline")["top1"])
     assert contents(out)["finetune/weights.safetensors"] == contents(finished)["finetune/weights.safetensors"]
@@ -219,7 +219,7 @@ def test_until_stops_early(tmp_path, call):
     out = tmp_path / "early"
     done = call(*tiny_run(out, "--until", "baseline", "--set", "baseline.epochs=1"))
     assert done.status == 0, done
-    assert [stage for stage in STAGES if (out / stage).exists()] == ["baseline"]
+    assert [stage for stage in SEARCHED if (out / stage).exists()] == ["baseline"]
     assert f"updp train {out}" in done.out
     assert RunDirectory.open(out).result("supernet") is None
 

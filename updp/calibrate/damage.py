@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,9 +54,11 @@ class DamageTable:
     images: int
     rows: tuple[Damage, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        return {"version": VERSION, **asdict(self)}
+
     def save(self, path: Path) -> None:
-        data = {"version": VERSION, **asdict(self)}
-        write_text(path, json.dumps(data, indent=1) + "\n")
+        write_text(path, json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> DamageTable:

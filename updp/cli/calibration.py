@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from updp.cli.console import duration, err, guarded, line, out, print_json, quantity, table
+from updp.cli.console import err, guarded, out, print_json
 from updp.cli.networks import Json, Settings, Spec
 from updp.cli.progress import ConsoleWatch
-from updp.cli.runs import WEIGHTS
+from updp.cli.runs import CONTINUE, WEIGHTS, do, stages_until
 from updp.errors import InputError
-from updp.pipeline.program import program
-
-if TYPE_CHECKING:
-    from updp.pipeline.calibrating import Calibrated
 
 
-def parse_budget(text: str | None) -> float | None:
-    """``macs=0.8x`` as 0.8."""
-    if text is None:
-        return None
-    what, equals, value = text.partition("=")
-    try:
-        if what.strip() != "macs" or not equals:
-            raise ValueError
-        return float(value.strip().removesuffix("x"))
-    except ValueError:
-        raise InputError(f"--budget: got {text!r}, allowed: macs=PARTx, such as macs=0.8x") from None
+def parse_budget(text: str | None) -> dict[str, float]:
+    """``macs=0.8x`` as ``{"macs": 0.8}``; several stand behind each other with commas."""
+    budget: dict[str, float] = {}
+    for part in [] if text is None else text.split(","):
+        what, equals, value = (piece.strip() for piece in part.partition("="))
+        try:
+            if what not in ("macs", "latency") or not equals or what in budget:
+                raise ValueError
+            budget[what] = float(value.removesuffix("x"))
+        except ValueError:
+            allowed = "allowed: macs=PARTx or latency=PARTx, such as latency=0.6x"
+            raise InputError(f"--budget: got {text!r}, {allowed}") from None
+        if not 0 < budget[what] < 1:
+            raise InputError(f"--budget {what}: got {budget[what]:g}, allowed: a part of the baseline's, such as 0.8x")
+    return budget
 
 
-@guarded(again="A table of damages that is finished is kept. The same command goes on from there:")
+@guarded(again=CONTINUE)
 def calibrate(
     spec: Spec,
     weights: Annotated[str, typer.Option(metavar="W", help=f"{WEIGHTS}.")],
@@ -41,12 +41,18 @@ def calibrate(
     out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, or that of this calibration.")],
     prune: Annotated[int | None, typer.Option(metavar="K", help="How many blocks to prune.")] = None,
     budget: Annotated[
-        str | None, typer.Option(metavar="macs=Px", help="At most this part of the operations, e.g. macs=0.8x.")
+        str | None, typer.Option(metavar="B", help="At most this part of the baseline's cost: macs=0.8x, latency=0.6x.")
     ] = None,
     recipe: Annotated[str | None, typer.Option(metavar="R", help="Only this recipe; all if left out.")] = None,
     images: Annotated[int, typer.Option(metavar="N", min=10, help="Images to use; a fifth judges.")] = 1000,
+    judge: Annotated[
+        str | None, typer.Option(metavar="D", help="Data with labels, only to tell accuracies of.")
+    ] = None,
     settings: Settings = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of what is drawn at random.")] = 0,
+    until: Annotated[
+        str, typer.Option(metavar="STAGE", help="Stop after this stage: baseline, damage, calibrate, merge.")
+    ] = "merge",
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of what is drawn at random.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads.")] = None,
     json: Json = False,
 ) -> None:
@@ -55,42 +61,17 @@ def calibrate(
     Each pruned block becomes the one operator that does best what the block did, by least squares on a few hundred
     images. What each block costs is measured first and kept in DIR, so that another K takes only the solving.
     """
-    from updp.pipeline.calibrating import CalibrationRequest
-    from updp.pipeline.calibrating import calibrate as work
-    from updp.pipeline.prepare import choose_device
+    from updp.pipeline import Calibration
+    from updp.pipeline.prepare import Request, prepare
 
-    macs = parse_budget(budget)
-    choose_device("cpu", threads)
-    request = CalibrationRequest(spec, weights, data, out_dir, prune, macs, recipe, images, tuple(settings or ()), seed)
-    result = work(request, ConsoleWatch(err))
+    cost = parse_budget(budget)
+    stages = stages_until(until, ("baseline", "damage", "calibrate", "merge"))
+    asked = Calibration(images, cost.get("macs"), cost.get("latency"), judge)
+    watch = ConsoleWatch(err if json else out)
+    request = Request(
+        spec, data, out_dir, prune, recipe, weights, None, tuple(settings or ()), seed, threads, "cpu", None, asked
+    )
+    directory = prepare(request, watch)
+    do(directory, stages, watch, quiet=json)
     if json:
-        print_json(result.to_json())
-    else:
-        _show(result)
-
-
-def _show(result: Calibrated) -> None:
-    from updp.pipeline.calibrating import products
-
-    alone = {(row.block, row.recipe): row.damage for row in result.table.rows}
-    shown = table("block", "recipe", ">damage alone", ">error", ">samples", ">unknowns")
-    for each in result.solved:
-        choice = result.subnet.choice(each.block)
-        few = "" if each.determined else " !"
-        shown.add_row(
-            each.block, choice, f"{alone[each.block, choice]:.3f}", f"{each.error:.3f}", f"{each.samples:,}",
-            f"{each.unknowns:,}{few}",
-        )  # fmt: skip
-    out.print(shown)
-    if any(not each.determined for each in result.solved):
-        line(out, "! fewer samples than unknowns: more images would help; a ridge decides the rest", style="yellow")
-    costs = [(count.macs, count.params, count.depth) for count in (result.before, result.after)]
-    (macs, params, depth), (less, fewer, shallower) = costs
-    text = f"{quantity(macs)} → {quantity(less)} MACs, {quantity(params)} → {quantity(fewer)} parameters"
-    line(out, f"depth {depth} → {shallower}, {text}")
-    line(out, f"damage of all together: {result.damage:.3f} nats (mean divergence of the answers on unseen images)")
-    line(out, "certificate holds", f": worst error {result.certificate.worst:.0e}, in {duration(result.seconds)}",
-         style="green")  # fmt: skip
-    for file in products(result):
-        line(out, str(file))
-    line(out, "Next: ", f"{program()} eval {result.path} --data LABELLED", rest="bold")
+        print_json({stage: directory.result(stage) for stage in stages})

@@ -141,9 +141,19 @@ def outcome(stage: str, result: Mapping[str, Any]) -> str:
         shared, unshared = (result["block_evaluations"][key] for key in ("shared", "unshared"))
         saved = f", {1 - shared / unshared:.0%} of their work shared" if unshared else ""
         return f"{percent(result['best']['top1'])} on held-out images  ({result['candidates_scored']} subnets{saved})"
+    if stage == "damage":
+        rows = sorted(result["rows"], key=lambda row: row["damage"])
+        return f"{len(rows)} pairs of block and recipe, from {rows[0]['damage']:.3f} to {rows[-1]['damage']:.3g} nats"
+    if stage == "calibrate":
+        return f"{len(result['choices'])} blocks pruned, damage {result['damage']:.3f} nats"
     if stage == "merge":
         verdict = "holds" if result["certificate"]["ok"] else "FAILS"
-        return f"top-1 {percent(result['top1'])}  (certificate {verdict})"
+        return f"{accuracy(result['top1'])}  (certificate {verdict})"
     epochs = result.get("epochs")
     how = "given weights" if result.get("weights") else f"{epochs} epoch{'s' if epochs != 1 else ''}"
-    return f"top-1 {percent(result['top1'])}  ({how})"
+    return f"{accuracy(result['top1'])}  ({how})"
+
+
+def accuracy(top1: float | None) -> str:
+    """An accuracy with its name, or why there is none."""
+    return "no labels" if top1 is None else f"top-1 {percent(top1)}"

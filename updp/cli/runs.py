@@ -12,7 +12,7 @@ from updp.cli.console import FIRST, guarded, line, out
 from updp.cli.progress import ConsoleWatch
 from updp.cli.summary import show_header, show_summary
 from updp.errors import InputError, UpdpError, suggest
-from updp.pipeline import STAGES
+from updp.pipeline import SEARCHED
 
 if TYPE_CHECKING:
     from updp.pipeline import RunDirectory
@@ -34,16 +34,16 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. finetune.epochs=3. Repeatable."),
 ]
-Until = Annotated[str, typer.Option(metavar="STAGE", help=f"Stop after this stage: {', '.join(STAGES)}.")]
+Until = Annotated[str, typer.Option(metavar="STAGE", help=f"Stop after this stage: {', '.join(SEARCHED)}.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Of all that is random; the spec's if left out.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; torch's choice if left out.")]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu or cuda; auto if left out.")]
 Precision = Annotated[str | None, typer.Option(metavar="P", help="no (float32) or bf16; no if left out.")]
 
-_CONTINUE = "Finished stages are kept. The same command goes on from there:"
+CONTINUE = "Finished stages are kept. The same command goes on from there:"
 
 
-@guarded(again=_CONTINUE)
+@guarded(again=CONTINUE)
 def run(
     spec: Spec,
     data: Data,
@@ -53,7 +53,7 @@ def run(
     weights: Weights = None,
     subnet: Subnet = None,
     settings: Settings = None,
-    until: Until = STAGES[-1],
+    until: Until = SEARCHED[-1],
     seed: Seed = None,
     threads: Threads = None,
     device: Device = None,
@@ -65,16 +65,26 @@ def run(
     """
     from updp.pipeline.prepare import Request, prepare
 
-    if until not in STAGES:
-        raise InputError(f"--until: {suggest(until, STAGES)}")
+    stages = stages_until(until, SEARCHED)
     watch = ConsoleWatch(out)
     changes = tuple(settings or ())
     request = Request(spec, data, out_dir, prune, recipe, weights, subnet, changes, seed, threads, device, precision)
     directory = prepare(request, watch)
-    _do(directory, STAGES[: STAGES.index(until) + 1], watch)
+    do(directory, stages, watch)
 
 
-@guarded(again=_CONTINUE)
+def stages_until(last: str, stages: Sequence[str]) -> Sequence[str]:
+    """The stages up to the one where a command stops.
+
+    Raises:
+        InputError: there is no such stage.
+    """
+    if last not in stages:
+        raise InputError(f"--until: {suggest(last, stages)}")
+    return stages[: stages.index(last) + 1]
+
+
+@guarded(again=CONTINUE)
 def train(directory: Directory) -> None:
     """Do the stages baseline and supernet of a run: all that a search needs.
 
@@ -83,13 +93,13 @@ def train(directory: Directory) -> None:
     _stage(directory, ("baseline", "supernet"))
 
 
-@guarded(again=_CONTINUE)
+@guarded(again=CONTINUE)
 def search(directory: Directory) -> None:
     """Do the stage search of a run: find the blocks that are best pruned."""
     _stage(directory, ("search",))
 
 
-@guarded(again=_CONTINUE)
+@guarded(again=CONTINUE)
 def finetune(directory: Directory) -> None:
     """Do the stage finetune of a run: train from the baseline's blocks to the pruned ones."""
     _stage(directory, ("finetune",))
@@ -106,7 +116,7 @@ def report(directory: Directory) -> None:
     line(out, str(report(directory)))
 
 
-@guarded(again=_CONTINUE)
+@guarded(again=CONTINUE)
 def merge_run(directory: Path) -> None:
     """Do the stage merge of a run."""
     _stage(directory, ("merge",))
@@ -115,17 +125,20 @@ def merge_run(directory: Path) -> None:
 def _stage(directory: Path, stages: Sequence[str]) -> None:
     from updp.pipeline import RunDirectory
 
-    _do(RunDirectory.open(directory), stages, ConsoleWatch(out))
+    do(RunDirectory.open(directory), stages, ConsoleWatch(out))
 
 
-def _do(directory: RunDirectory, stages: Sequence[str], watch: ConsoleWatch) -> None:
+def do(directory: RunDirectory, stages: Sequence[str], watch: ConsoleWatch, *, quiet: bool = False) -> None:
+    """Do stages of a run, write its page, and say what it came to."""
     from updp.pipeline.run import run as run_stages
 
-    show_header(directory)
+    if not quiet:
+        show_header(directory)
     run_stages(directory, stages, watch)
     if FIRST:
         _report(directory, watch)
-    show_summary(directory)
+    if not quiet:
+        show_summary(directory)
 
 
 def _report(directory: RunDirectory, watch: ConsoleWatch) -> None:

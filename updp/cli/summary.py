@@ -13,7 +13,7 @@ from updp.cli.console import error_size, line, out, percent, quantity, table
 from updp.pipeline.program import program
 
 if TYPE_CHECKING:
-    from updp.pipeline import RunDirectory
+    from updp.pipeline import RunDirectory, RunRecord
 
 _NEXT = {
     "baseline": "train",
@@ -29,7 +29,7 @@ def show_header(run: RunDirectory) -> None:
     record = run.record
     given = ", ".join(name for name in ("weights", "subnet") if getattr(record, name))
     recipe = f" under {record.recipe}" if record.recipe else ""
-    what = f" on {record.data}: prune {record.prune} of {len(record.blocks)} blocks{recipe}"
+    what = f" on {record.data}: prune {_how_much(record)}{recipe}"
     line(out, record.spec, what, style="bold")
     parts = [record.device, f"{record.threads} threads", f"seed {record.seed}"]
     parts += ["bf16"] if record.precision == "bf16" else []
@@ -39,13 +39,23 @@ def show_header(run: RunDirectory) -> None:
         line(out, "set " + " ".join(record.settings), style="dim")
 
 
+def _how_much(record: RunRecord) -> str:
+    """``4 of 17 blocks``, and within which budget."""
+    calibration = record.calibration
+    budgets = {name: getattr(calibration, name, None) for name in ("macs", "latency")}
+    within = " and ".join(f"{part:g}x of the {name}" for name, part in budgets.items() if part is not None)
+    blocks = f"{record.prune} of {len(record.blocks)} blocks" if record.prune is not None else ""
+    return " to ".join(part for part in (blocks, within) if part)
+
+
 def show_summary(run: RunDirectory) -> None:
     """The table of a finished run, its products, and what to do next."""
     done = {stage: run.result(stage) for stage in run.record.stages}
     merged = done["merge"]
     if merged is None:
         missing = next(stage for stage, result in done.items() if result is None)
-        line(out, "\nNext: ", f"{program()} {_NEXT[missing]} {run.path}", rest="bold")
+        if missing in _NEXT:
+            line(out, "\nNext: ", f"{program()} {_NEXT[missing]} {run.path}", rest="bold")
         return
     out.print()
     out.print(Group(_networks(run, done, merged), Text(), *_verdicts(merged)))
@@ -63,7 +73,7 @@ def _networks(run: RunDirectory, done: Mapping[str, Any], merged: Mapping[str, A
     shown.add_row("pruned", percent(merged["top1_unmerged"]), "", "", "", "", "")
     shown.add_row("merged", percent(merged["top1"]), *_cost(after), *_time(latency["merged"]), style="bold")
     gain = latency["baseline"]["median_ms"] / latency["merged"]["median_ms"]
-    lost = None if baseline is None else f"{merged['top1'] - baseline:+.2f}"
+    lost = None if baseline is None or merged["top1"] is None else f"{merged['top1'] - baseline:+.2f}"
     ratios = [f"x{after[key] / before[key]:.2f}" for key in ("macs", "params")]
     depth = f"{after['depth'] - before['depth']:+d}"
     shown.add_row("", lost, depth, *ratios, f"{gain:.2f}x faster", "", style="green" if gain > 1 else "yellow")

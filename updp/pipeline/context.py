@@ -32,10 +32,11 @@ _IN_MEMORY = 64  # pixels a side up to which images are read by the training pro
 
 @dataclass
 class Context:
-    """A run under way."""
+    """A run under way. ``judged`` is the data that has labels to judge by; None where there are none."""
 
     run: RunDirectory
     data: Data
+    judged: Data | None
     accelerator: Accelerator
     watch: Watch
 
@@ -47,9 +48,10 @@ class Context:
             InputError: the data or the device is not there any more.
         """
         accelerator = start(run.record.device, run.record.precision, run.record.threads)
-        data = open_for(run.spec, run.record.data)
-        data.check_classes(run.record.num_classes)
-        return cls(run, data, accelerator, watch if accelerator.is_main_process else Watch())
+        data, judged = _open(run)
+        if judged is not None:
+            judged.check_classes(run.record.num_classes)
+        return cls(run, data, judged, accelerator, watch if accelerator.is_main_process else Watch())
 
     @property
     def spec(self) -> ArchSpec:
@@ -87,17 +89,27 @@ class Context:
         self.load(supernet, "supernet")
         return supernet
 
-    def trained_subnet(self) -> Supernet:
-        """The pruned network of the stage ``finetune``, not yet merged."""
+    def pruned_network(self) -> Supernet:
+        """The pruned network of the last stage before ``merge``, not yet merged."""
         supernet = self.supernet(resized=True)
         supernet.reduce(self.subnet())
         supernet.free_baseline()
-        self.load(supernet, "finetune")
+        self.load(supernet, self.run.record.stages[-2])
         return supernet.eval()
 
+    def calibrated_supernet(self) -> Supernet:
+        """The baseline beside the pruned network of the stage ``calibrate``, reduced to its subnet."""
+        supernet = self.supernet(resized=True)
+        supernet.reduce(self.subnet())
+        file = self.run.file("calibrate", "weights.safetensors")
+        kept = {name: tensor for name, tensor in supernet.state_dict().items() if ".keep." in name}
+        load_state(supernet, {**kept, **load_tensors(file)[0]}, file)
+        return supernet
+
     def subnet(self) -> SubnetConfig:
-        """The subnet that the search found, or the given one."""
-        return SubnetConfig.load(self.run.file("search", "subnet.json"))
+        """The subnet that was given, found by the search, or chosen by its damage."""
+        stage = "search" if self.run.record.calibration is None else "calibrate"
+        return SubnetConfig.load(self.run.file(stage, "subnet.json"))
 
     def load(self, module: nn.Module, stage: str) -> None:
         file = self.run.file(stage, "weights.safetensors")
@@ -121,8 +133,15 @@ class Context:
         )  # fmt: skip
 
     def score(self, network: nn.Module, title: str) -> Score:
-        """Accuracy on the validation images."""
-        return score(network.to(self.accelerator.device), self.data, self.watch, title, self.spec)
+        """Accuracy on the validation images, which must have labels."""
+        assert self.judged is not None
+        return score(network.to(self.accelerator.device), self.judged, self.watch, title, self.spec)
+
+    def told(self, network: nn.Module) -> dict[str, float | None]:
+        """What a result says of a network's accuracy: nothing where there are no labels."""
+        if self.judged is None:
+            return {"top1": None, "top5": None, "loss": None}
+        return figures(self.score(network, "scoring"))
 
     def calibration(self) -> list[Tensor]:
         """Batches of images to estimate norms with."""
@@ -133,6 +152,11 @@ class Context:
 
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+
+def figures(score: Score) -> dict[str, float | None]:
+    """What a result says of a score."""
+    return {"top1": score.top1, "top5": score.top5, "loss": score.loss}
 
 
 def score(network: nn.Module, data: Data, watch: Watch, title: str, spec: ArchSpec) -> Score:
@@ -174,6 +198,36 @@ def open_for(spec: ArchSpec, name: str, model: nn.Module | None = None, *, label
     """
     config = data_config(create_model(spec) if model is None else model, spec.data)
     return open_data(name, input=spec.input, config=config, labelled=labelled)
+
+
+def open_images(spec: ArchSpec, name: str, model: nn.Module | None = None) -> Data:
+    """A data set whose labels need not be there: with a part to judge on if it has one, else all its images.
+
+    Raises:
+        InputError: there is no such data.
+    """
+    try:
+        data = open_for(spec, name, model)
+    except InputError:
+        return open_for(spec, name, model, labelled=False)
+    return data if judges(data) else open_for(spec, name, model, labelled=False)
+
+
+def judges(data: Data) -> bool:
+    """Whether a data set has labelled images apart from those to calibrate on."""
+    return data.source.train is not None and data.source.val is not None
+
+
+def _open(run: RunDirectory) -> tuple[Data, Data | None]:
+    """A run's data, and the data whose labels it is judged by."""
+    record, spec = run.record, run.spec
+    if record.calibration is None or record.calibration.finetune:
+        data = open_for(spec, record.data)
+        return data, data
+    data, judge = open_images(spec, record.data), record.calibration.judge
+    if judge is None:
+        return data, None
+    return data, data if judge == record.data else open_for(spec, judge)
 
 
 def absolute(data: str) -> str:

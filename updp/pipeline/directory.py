@@ -18,11 +18,29 @@ from updp.errors import InputError, Place, Problem
 from updp.files import json_text, read_json, write_text
 from updp.pipeline.program import program
 from updp.pipeline.results import check_result
-from updp.report.read import STAGES, read_spec
+from updp.report.read import STAGES, read_spec, stages_of
 from updp.spec import ArchSpec, apply_settings
 from updp.subnet import SubnetConfig
 
 VERSION = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How blocks are chosen and solved for where no supernet is trained and searched.
+
+    Attributes:
+        images: how many to use; a fifth of them only judge the damage.
+        macs, latency: at most these parts of the baseline's.
+        judge: the data on whose labels accuracies are told; None where there are no labels.
+        finetune: whether training follows.
+    """
+
+    images: int = 1000
+    macs: float | None = None
+    latency: float | None = None
+    judge: str | None = None
+    finetune: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,7 +51,7 @@ class RunRecord:
         spec, spec_hash: the spec's name and the hash of its text, which is in ``spec.yaml``.
         data: the dataset's name, with an absolute path where it has one.
         num_classes: of the data, and so of the network.
-        prune: how many blocks.
+        prune: how many blocks; None where only a budget says what is pruned.
         recipe: under which recipe; None is each block's default.
         settings: what ``--set`` changed in the schedule.
         seed, threads, device, precision: what else the bits depend on.
@@ -41,13 +59,15 @@ class RunRecord:
         subnet: the choices of a given subnet, or None.
         blocks: ``{"name", "structure", "recipes"}`` of every block, in order of execution.
         environment: versions and hardware at the start.
+        calibration: how blocks are chosen and solved for, or None.
+        init: ``{"directory", "sha256"}`` of the calibration whose pruned weights training starts from, or None.
     """
 
     spec: str
     spec_hash: str
     data: str
     num_classes: int
-    prune: int
+    prune: int | None
     recipe: str | None
     settings: tuple[str, ...]
     seed: int
@@ -58,21 +78,30 @@ class RunRecord:
     subnet: Mapping[str, str] | None
     blocks: tuple[Mapping[str, Any], ...]
     environment: Mapping[str, Any]
+    calibration: Calibration | None = None
+    init: Mapping[str, str] | None = None
     version: int = VERSION
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages of this run: a given subnet needs neither supernet nor search."""
-        return STAGES if self.subnet is None else ("baseline", "finetune", "merge")
+        """The stages of this run."""
+        calibration, subnet = self.calibration, self.subnet is not None
+        finetuned = calibration is None or calibration.finetune
+        return stages_of(subnet=subnet, calibrated=calibration is not None, finetuned=finetuned)
 
     def differences(self, other: RunRecord) -> list[str]:
         """What makes another run of it, one line each; hardware and versions do not."""
-        told = ("environment", "blocks", "num_classes", "version", "weights", "settings")
+        told = ("environment", "blocks", "num_classes", "version", "weights", "settings", "calibration", "init")
         names = [field.name for field in dataclasses.fields(self) if field.name not in told]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         ours, theirs = (tuple(s for s in run.settings if not is_seed(s)) for run in (self, other))
         pairs.append(("settings", ours, theirs))
-        pairs.append(("weights", (self.weights or {}).get("sha256"), (other.weights or {}).get("sha256")))
+        for name in ("weights", "init"):
+            sums = [(getattr(run, name) or {}).get("sha256") for run in (self, other)]
+            pairs.append((name, sums[0], sums[1]))
+        for field in dataclasses.fields(Calibration):
+            values = [getattr(run.calibration, field.name, None) for run in (self, other)]
+            pairs.append((field.name, values[0], values[1]))
         return [f"{name}: got {_shown(b)}, the run has {_shown(a)}" for name, a, b in pairs if a != b]
 
 
@@ -138,6 +167,12 @@ class RunDirectory:
         spec = read_spec(path / "spec.yaml", record.spec, record.spec_hash)
         return cls(path, record, apply_settings(spec, record.settings))
 
+    def renewed(self, record: RunRecord) -> RunDirectory:
+        """The same calibration with other blocks chosen: only what was made of the present choice goes."""
+        self.begin("calibrate")
+        write_json(self.path / "run.json", dataclasses.asdict(record))
+        return dataclasses.replace(self, record=record)
+
     def file(self, stage: str, name: str) -> Path:
         return self.path / stage / name
 
@@ -197,21 +232,29 @@ def _read_record(file: Path) -> RunRecord:
     if data.get("version") != VERSION:
         message = f"got {data.get('version')!r}, allowed: {VERSION}"
         raise InputError([Problem(Place(str(file)), "version", message)])
+    data = {**dict.fromkeys(_SINCE), **data}
     wrong = [name for name, kinds in _KINDS.items() if name not in data or not isinstance(data[name], kinds)]
     if wrong:
         raise InputError([Problem(Place(str(file)), name, "is missing or not what updp writes") for name in wrong])
     kept: dict[str, Any] = {name: data[name] for name in _KINDS}
-    return RunRecord(**{**kept, "settings": tuple(kept["settings"]), "blocks": tuple(kept["blocks"])})
+    try:
+        calibration = None if kept["calibration"] is None else Calibration(**kept["calibration"])
+    except TypeError as error:
+        raise InputError([Problem(Place(str(file)), "calibration", str(error))]) from None
+    lists = {name: tuple(kept[name]) for name in ("settings", "blocks")}
+    return RunRecord(**{**kept, **lists, "calibration": calibration})
 
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("spec", "spec_hash", "data", "device", "precision"), str),
-    **dict.fromkeys(("num_classes", "prune", "seed", "threads", "version"), int),
+    **dict.fromkeys(("num_classes", "seed", "threads", "version"), int),
     **dict.fromkeys(("settings", "blocks"), list),
-    **dict.fromkeys(("weights", "subnet"), (dict, type(None))),
+    **dict.fromkeys(("weights", "subnet", "calibration", "init"), (dict, type(None))),
+    "prune": (int, type(None)),
     "recipe": (str, type(None)),
     "environment": dict,
 }
+_SINCE = ("calibration", "init")  # keys that the first runs did not have
 
 
 def write_json(file: Path, data: Mapping[str, Any]) -> None:

@@ -34,14 +34,14 @@ def finish(context: Context) -> dict[str, Any]:
         CertificateError: the merged network is not the network that it was made from. Nothing is saved then.
     """
     start = time.perf_counter()
-    source = context.trained_subnet()
+    source = context.pruned_network()
     network, certificate, random = merge_certified(source)
-    unmerged, merged = context.score(source, "scoring"), context.score(network, "scoring")
+    unmerged, merged = context.told(source), context.told(network)
     before, after = _counts(context, network)
     times = latencies(context, network)
     files = _save(context, network, source, (certificate, random))
     return {
-        "top1_unmerged": unmerged.top1, "top1": merged.top1, "top5": merged.top5, "loss": merged.loss,
+        "top1_unmerged": unmerged["top1"], **merged,
         "certificate": certificate.to_json(), "certificate_random": random.to_json(),
         "before": before.to_json(), "after": after.to_json(), **times,
         "files": [str(file.relative_to(context.run.path)) for file in files],

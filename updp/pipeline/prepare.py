@@ -19,9 +19,10 @@ from updp.errors import InputError, Place, Problem, suggest
 from updp.files import sha256
 from updp.measure import environment
 from updp.packaged import find_weights, names_in
-from updp.pipeline.context import absolute, open_for
-from updp.pipeline.directory import RunDirectory, RunRecord, is_seed
-from updp.pipeline.settings import resolve, split_settings
+from updp.pipeline.context import absolute, open_for, open_images
+from updp.pipeline.directory import Calibration, RunDirectory, RunRecord, is_seed
+from updp.pipeline.opening import check_budget, check_enough, choice, with_judge
+from updp.pipeline.settings import composed_at_start, resolve, split_settings
 from updp.pipeline.watch import Watch
 from updp.spec import STAGES as TRAINING
 from updp.spec import ArchSpec, load_spec
@@ -36,7 +37,7 @@ _MOST_THREADS = 1024
 
 @dataclass(frozen=True)
 class Request:
-    """What ``updp run`` is asked for. Of what is None, a run that exists keeps what it has."""
+    """What ``updp run`` or ``updp calibrate`` is asked for. Of what is None, a run that exists keeps what it has."""
 
     spec: str
     data: str
@@ -50,6 +51,7 @@ class Request:
     threads: int | None = None
     device: str | None = None
     precision: str | None = None
+    calibration: Calibration | None = None
 
 
 @dataclass
@@ -86,12 +88,13 @@ def prepare(request: Request, watch: Watch | None = None) -> RunDirectory:
     with found.part():
         settings = [*request.settings, *([] if request.seed is None else [f"seed={request.seed}"])]
         spec = resolve(load_spec(request.spec), settings)
+        if request.calibration is not None:
+            spec = composed_at_start(spec)
     found.check()
     processes, device, precision = _start(request, existing)
     record, subnet = _examine(request, spec, settings, (device, precision), found)
     if existing is not None:
-        _check_same(existing, record, request)
-        return existing
+        return _taken_up(existing, record, request, watch or Watch())
     with (watch or Watch()).task("checking", None):
         check_spec(spec)
     processes.wait_for_everyone()  # all have looked whether there is a run before one makes it
@@ -120,7 +123,9 @@ def _completed(request: Request, existing: RunDirectory) -> Request:
     """The request with what it leaves out as the run has it; given weights are not read again."""
     record = existing.record
     changes: dict[str, Any] = {}
-    if request.subnet is None:
+    if record.calibration is not None:
+        changes = _completed_calibration(request, record)
+    elif request.subnet is None:
         changes = {"prune": request.prune or record.prune, "recipe": request.recipe or record.recipe}
         if record.subnet is not None and request.recipe is None and request.prune in (None, record.prune):
             changes["subnet"] = existing.file("search", "subnet.json")
@@ -129,12 +134,42 @@ def _completed(request: Request, existing: RunDirectory) -> Request:
     return replace(request, **changes)
 
 
-def _check_same(existing: RunDirectory, record: RunRecord, request: Request) -> None:
+def _completed_calibration(request: Request, record: RunRecord) -> dict[str, Any]:
+    """What a calibration's request leaves out; a budget or a number of blocks takes the place of both."""
+    own, asked = record.calibration, request.calibration
+    assert own is not None
+    changes: dict[str, Any] = {"recipe": request.recipe or record.recipe}
+    if request.weights is None and record.weights is not None:
+        changes["weights"] = record.weights["file"]
+    if asked is None:
+        return {**changes, "calibration": own, "prune": request.prune or record.prune}
+    if (request.prune, asked.macs, asked.latency) == (None, None, None):
+        changes |= {"prune": record.prune}
+        asked = replace(asked, macs=own.macs, latency=own.latency)
+    return {**changes, "calibration": replace(asked, judge=asked.judge or own.judge)}
+
+
+def _taken_up(existing: RunDirectory, record: RunRecord, request: Request, watch: Watch) -> RunDirectory:
+    """A run that exists, if the request is the same; of a calibration another choice of blocks may be asked for."""
     if request.weights is None:
         record = replace(record, weights=existing.record.weights)
+    other = existing.record
+    if other.calibration is not None and record.calibration is not None:
+        wanted = replace(other.calibration, macs=record.calibration.macs, latency=record.calibration.latency)
+        other = replace(other, prune=record.prune, calibration=wanted)
+    _check_same(replace(existing, record=other), record)
+    if other.differences(existing.record):
+        if existing.result("damage") is not None:
+            choice(replace(existing, record=other))
+        watch.on_note("another choice of blocks: what was measured is kept, the rest of the run begins anew")
+        return existing.renewed(other)
+    return existing
+
+
+def _check_same(existing: RunDirectory, record: RunRecord) -> None:
     if differences := existing.record.differences(record):
         differences[-1] += "; give another --out, or remove it"
-        place = Place(str(request.out))
+        place = Place(str(existing.path))
         raise InputError([Problem(place, "holds another run", difference) for difference in differences])
 
 
@@ -172,16 +207,19 @@ def _examine(
     """Check all parts against each other; report their problems together."""
     data: Data | None = None
     model = subnet = None
+    calibration = request.calibration
+    unlabelled = calibration is not None and not calibration.finetune
     plain_model = create_model(spec)
     with found.part():
-        data = open_for(spec, request.data, plain_model)
-        _check_images(spec, data)
+        data = _open(request, spec, plain_model)
     with found.part():
-        model = _model(spec, request.weights, data, plain_model)
+        model = _model(spec, request.weights, None if unlabelled else data, plain_model)
+        if calibration is not None and data is not None:
+            calibration = with_judge(calibration, spec, data, model)
     with found.part():
         _check_training(spec)
     supernet = build_supernet(spec, plain_model if model is None else model)
-    prune = 0
+    prune: int | None = None
     with found.part():
         subnet, prune = _check_choice(request, supernet)
     found.check()
@@ -196,9 +234,21 @@ def _examine(
         seed=spec.schedule.seed, threads=torch.get_num_threads(), device=where[0],
         precision=where[1], weights=weights,
         subnet=None if subnet is None else dict(subnet.choices), blocks=tuple(_blocks(supernet)),
-        environment=environment(where[0]),
+        environment=environment(where[0]), calibration=calibration,
     )  # fmt: skip
     return record, subnet
+
+
+def _open(request: Request, spec: ArchSpec, model: nn.Module) -> Data:
+    asked = request.calibration
+    if asked is not None and not asked.finetune:
+        data = open_images(spec, request.data, model)
+    else:
+        data = open_for(spec, request.data, model)
+        _check_images(spec, data)
+    if asked is not None:
+        check_enough(data, asked, spec.schedule.seed)
+    return data
 
 
 def _check_images(spec: ArchSpec, data: Data) -> None:
@@ -265,8 +315,8 @@ def _num_classes(model: nn.Module) -> int:
     return int(model.num_classes)  # type: ignore[arg-type]
 
 
-def _check_choice(request: Request, supernet: Supernet) -> tuple[SubnetConfig | None, int]:
-    """The given subnet, and how many blocks are pruned."""
+def _check_choice(request: Request, supernet: Supernet) -> tuple[SubnetConfig | None, int | None]:
+    """The given subnet, and how many blocks are pruned, where that is said."""
     available = supernet.available
     if request.subnet is not None:
         subnet = read_subnet(request.subnet, supernet)
@@ -280,7 +330,8 @@ def _check_choice(request: Request, supernet: Supernet) -> tuple[SubnetConfig | 
     for name in available:
         supernet.default_choice(name, request.recipe)
     if request.prune is None:
-        raise InputError("--prune: say how many blocks to prune, or give a --subnet")
+        check_budget(request.calibration)
+        return None, None
     if not 1 <= request.prune <= len(available):
         blocks = f"{supernet.spec.name} has {len(available)} prunable blocks"
         raise InputError(f"--prune: got {request.prune}, allowed: 1 to {len(available)} ({blocks})")

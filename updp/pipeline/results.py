@@ -9,23 +9,25 @@ from typing import Any
 from updp.errors import InputError, Place, Problem
 
 _NUMBER = (int, float)
-_MAYBE = (int, float, type(None))  # what is not a number in JSON, infinity for one, is null
+_MAYBE = (int, float, type(None))  # null: no number in JSON, as infinity; or not told, as accuracy without labels
 _COST = {"depth": _NUMBER, "macs": _NUMBER, "params": _NUMBER}
 _TIMES = {"median_ms": _NUMBER, "low_ms": _NUMBER, "high_ms": _NUMBER}
 _TRAINED = {"top1": _NUMBER, "epochs": _NUMBER}
 
 _FORMS: dict[str, dict[str, Any]] = {
-    "baseline": _TRAINED,
+    "baseline": {"top1": _MAYBE, "epochs": _NUMBER},
     "supernet": {"top1_keep": _NUMBER, "top1_pruned": _NUMBER},
     "search": {
         "best": {"top1": _NUMBER},
         "candidates_scored": _NUMBER,
         "block_evaluations": {"shared": _NUMBER, "unshared": _NUMBER},
     },
+    "damage": {"rows": list},
+    "calibrate": {"damage": _NUMBER, "choices": dict, "solved": list},
     "finetune": _TRAINED,
     "merge": {
-        "top1_unmerged": _NUMBER,
-        "top1": _NUMBER,
+        "top1_unmerged": _MAYBE,
+        "top1": _MAYBE,
         "certificate": {"ok": bool, "ops": list, "worst": _MAYBE, "logits": _MAYBE, "float32": _MAYBE},
         "before": _COST,
         "after": _COST,

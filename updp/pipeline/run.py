@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from updp.errors import InputError, suggest
-from updp.pipeline import finish, stages
+from updp.pipeline import calibrating, finish, stages
 from updp.pipeline.context import Context
 from updp.pipeline.directory import RunDirectory
 from updp.pipeline.program import program
@@ -17,9 +17,13 @@ _WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
     "baseline": stages.baseline,
     "supernet": stages.supernet,
     "search": stages.find,
+    "damage": calibrating.damage,
+    "calibrate": calibrating.calibrate,
     "finetune": stages.finetune,
     "merge": finish.finish,
 }
+
+_COMMANDS = {"baseline": "train", "supernet": "train", "search": "search", "finetune": "finetune"}  # do one stage alone
 
 
 def run(directory: RunDirectory, wanted: Sequence[str] = STAGES, watch: Watch | None = None) -> None:
@@ -36,7 +40,8 @@ def run(directory: RunDirectory, wanted: Sequence[str] = STAGES, watch: Watch | 
             raise InputError(f"stage: {suggest(stage, STAGES)}")
     due = [stage for stage in order if stage in wanted]
     if not due:
-        raise InputError(f"{directory.path}: the run has a given subnet: it needs no {' and no '.join(wanted)}")
+        why = "has a given subnet" if directory.record.subnet else f"has the stages {', '.join(order)}"
+        raise InputError(f"{directory.path}: the run {why}: it needs no {' and no '.join(wanted)}")
     _check_order(directory, order, due)
     context: Context | None = None
     for stage in due:
@@ -64,6 +69,6 @@ def _check_order(directory: RunDirectory, order: Sequence[str], due: Sequence[st
     """Every stage before the first that is due must be finished."""
     for stage in order[: order.index(due[0])]:
         if directory.result(stage) is None:
-            command = "train" if stage in ("baseline", "supernet") else stage
-            todo = f"run `{program()} {command} {directory.path}`"
+            alone = f"run `{program()} {_COMMANDS.get(stage)} {directory.path}`"
+            todo = alone if stage in _COMMANDS else "the command that began the run goes on with it"
             raise InputError(f"{directory.path}: the stage {stage} comes first and is not finished: {todo}")

@@ -70,7 +70,16 @@ def rewrite(spec: ArchSpec, changes: Mapping[str, Any]) -> ArchSpec:
     for path, value in changes.items():
         _put(document, path.split("."), value, f"{path}={value}")
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    return replace(parse_spec(text, file=spec.file, name=spec.name), schedule=spec.schedule)
+    changed = parse_spec(text, file=spec.file, name=spec.name)
+    if changed.model == spec.model:  # the place in the user's own file is the one that helps
+        changed = replace(changed, model=spec.model)
+    return replace(changed, schedule=spec.schedule)
+
+
+def composed_at_start(spec: ArchSpec) -> ArchSpec:
+    """The spec with operators that are composed before anything is trained, so that they can be solved for."""
+    recipes = [name for name, recipe in spec.recipes.items() if recipe.kind == "prune"]
+    return rewrite(spec, {f"recipes.{name}.compose": "start" for name in recipes})
 
 
 def _put(document: dict[str, Any], path: Sequence[str], value: Any, setting: str) -> None:

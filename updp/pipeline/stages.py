@@ -18,7 +18,7 @@ from updp.data import loader
 from updp.errors import InputError
 from updp.files import sha256
 from updp.oracle import Score
-from updp.pipeline.context import Context, workers_for
+from updp.pipeline.context import Context, figures, workers_for
 from updp.pipeline.prepare import model_with_weights
 from updp.search import CachedOracle, PrefixEvaluator, planned_evaluations, search
 from updp.supernet import Supernet
@@ -51,11 +51,11 @@ def baseline(context: Context) -> dict[str, Any]:
         history = context.fit("baseline", model, Plain(), scoring).history
     else:
         model = _given(context, given)
-    score = scoring.of(model)
+    score = context.told(model) if scoring.last is None else figures(scoring.last)
     context.save(model, "baseline")
     return {
-        "top1": score.top1, "top5": score.top5, "loss": score.loss, "epochs": len(history),
-        "weights": given, "seconds": time.perf_counter() - start, "history": history,
+        **score, "epochs": len(history), "weights": given, "seconds": time.perf_counter() - start,
+        "history": history,
     }  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def _given(context: Context, given: Mapping[str, str]) -> nn.Module:
     file = Path(given["file"])
     if not file.is_file() or sha256(file) != given["sha256"]:
         raise InputError(f"{file}: is not there any more, or not the file that the run began with")
-    return model_with_weights(context.spec, file, context.data)
+    return model_with_weights(context.spec, file, context.judged)
 
 
 def supernet(context: Context) -> dict[str, Any]:
@@ -89,6 +89,7 @@ def find(context: Context) -> dict[str, Any]:
     file = context.run.file("search", "scores.jsonl") if context.is_main else None
     oracle = CachedOracle(evaluator, file, _data_key(context))
     choices = {name: network.default_choice(name, record.recipe) for name in network.available}
+    assert record.prune is not None
     settings = context.spec.schedule.search
     planned = planned_evaluations(len(choices), record.prune, settings)
     with context.watch.task("search", planned) as advance:
@@ -125,9 +126,11 @@ def _data_key(context: Context) -> str:
 
 
 def finetune(context: Context) -> dict[str, Any]:
-    """Train the subnet, from the baseline's blocks to the pruned ones."""
+    """Train the subnet, from the baseline's blocks to the pruned ones: as they are at first, or calibrated."""
     start, scoring = time.perf_counter(), _Scoring(context)
-    network = context.supernet()
+    record = context.run.record
+    calibrated = record.calibration is not None or record.init is not None
+    network = context.calibrated_supernet() if calibrated else context.supernet()
     policy = Progressive(context.subnet(), context.spec.schedule.blend, context.calibration())
     history = context.fit("finetune", network, policy, scoring).history
     score = scoring.of(network)

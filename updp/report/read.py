@@ -11,10 +11,22 @@ from updp.files import read_json
 from updp.spec import ArchSpec, apply_settings, parse_spec
 from updp.subnet import SubnetConfig
 
-STAGES = ("baseline", "supernet", "search", "finetune", "merge")
-"""The stages of a run, in their order; each has a folder of its name."""
+STAGES = ("baseline", "supernet", "search", "damage", "calibrate", "finetune", "merge")
+"""All stages, in their order; each has a folder of its name. No run has all of them."""
+SEARCHED = ("baseline", "supernet", "search", "finetune", "merge")
+"""The stages of a run that trains a supernet and searches it."""
 
 _LARGEST = 1e18
+
+
+def stages_of(*, subnet: bool, calibrated: bool, finetuned: bool = True) -> tuple[str, ...]:
+    """The stages of a run.
+
+    A given subnet needs neither supernet nor search; where blocks are calibrated, damage and calibrate stand for both.
+    """
+    if calibrated:
+        return tuple(s for s in STAGES if s not in ("supernet", "search") and (finetuned or s != "finetune"))
+    return ("baseline", "finetune", "merge") if subnet else SEARCHED
 
 
 class Record:
@@ -71,8 +83,15 @@ class Run:
         return self.stages.get(name, Record())
 
     @property
+    def listed(self) -> tuple[str, ...]:
+        """The stages to show."""
+        calibration = self.about.record("calibration")
+        finetuned = calibration.flag("finetune") is True
+        return stages_of(subnet=False, calibrated=True, finetuned=finetuned) if calibration else SEARCHED
+
+    @property
     def left_out(self) -> tuple[str, ...]:
-        """Stages that this run does without: a given subnet needs neither supernet nor search."""
+        """Stages that this run does without, though others like it have them."""
         return ("supernet", "search") if self.about.record("subnet") else ()
 
 
@@ -89,7 +108,8 @@ def read_run(directory: Path) -> Run:
     paths = {stage: directory / stage / "result.json" for stage in STAGES}
     stages = {stage: _read_json(path, problems) for stage, path in paths.items() if path.is_file()}
     spec = _read_spec(directory / "spec.yaml", about, problems)
-    subnet = _read_subnet(directory / "search" / "subnet.json", problems)
+    chosen = [directory / stage / "subnet.json" for stage in ("search", "calibrate")]
+    subnet = _read_subnet(next((file for file in chosen if file.is_file()), chosen[0]), problems)
     if problems:
         raise InputError(problems)
     return Run(directory, about, stages, spec, subnet)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from updp.report import words
 from updp.report.figures import BASELINE, MERGED, network_latency
 from updp.report.network import op_name
-from updp.report.read import STAGES, Record, Run
+from updp.report.read import Record, Run
 from updp.spec import ArchSpec
 
 _SETTINGS = (
@@ -118,14 +118,16 @@ def _tile(
 
 
 def stage_rows(run: Run) -> list[StageRow]:
-    """The five stages in order."""
+    """The run's stages in order."""
     rows = []
-    for name in STAGES:
+    for name in run.listed:
         result = run.stage(name)
         outcome = {
             "baseline": _outcome(("top-1", result.number("top1"))),
             "supernet": _outcome(("kept", result.number("top1_keep")), ("pruned", result.number("top1_pruned"))),
             "search": _outcome(("best", result.record("best").number("top1"))),
+            "damage": "",
+            "calibrate": "",
             "finetune": _outcome(("top-1", result.number("top1"))),
             "merge": _outcome(("top-1", result.number("top1"))),
         }[name]
