@@ -16,6 +16,7 @@ import jinja2
 from updp import conformance, kinds, subnet
 from updp.certificate import BOUND
 from updp.spec import STAGES, DataSettings, Recipe, Resize, Schedule, schema, specs_directory, tree
+from updp.spec.build import SOURCES
 
 HERE = Path(__file__).parent
 TEMPLATE, PAGE = HERE / "spec.md.in", HERE / "spec.md"
@@ -266,7 +267,7 @@ def render(template: str) -> str:
     names: dict[str, Any] = {
         "top": language.table(language.whole, {"include": "nothing", "data": "timm's", "schedule": "each key's"}),
         "words": language.words(),
-        "model": language.table(language.section("model"), {}),
+        "model": language.table(language.section("model"), dict.fromkeys(SOURCES, "one of them")),
         "data": language.table(language.section("data"), defaults_of(DataSettings(), "timm's")),
         "nodes": language.nodes(),
         "node_keys": language.node_keys(),

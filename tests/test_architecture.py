@@ -29,16 +29,17 @@ FLOORS = {
         "hooks",
         "randomize",
         "problems",
+        "allowed",
         "packaged",
     ],
-    2: ["structure", "widths", "padding", "composing", "runs", "recipe", "data"],
+    2: ["models", "structure", "widths", "padding", "composing", "runs", "recipe", "data"],
     3: ["supernet", "merging", "certificate", "graph", "oracle", "conformance", "artefact"],
     4: ["search", "train", "calibrate", "draft", "deploy", "exporting", "bench", "zoo", "tables"],
     5: ["report", "pipeline"],
     6: ["cli", "__main__"],
 }
 ORDER = [room for floor in sorted(FLOORS) for room in FLOORS[floor]]
-WITHOUT_TORCH = ["errors", "files", "frozen", "packaged", "spec", "subnet"]
+WITHOUT_TORCH = ["allowed", "errors", "files", "frozen", "packaged", "spec", "subnet"]
 
 # Families of networks; those of the specs are added. updp knows none of them.
 FAMILIES = {

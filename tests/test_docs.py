@@ -6,6 +6,7 @@ A snippet is fenced with its language and, if it is a file, its name:
   before it, or is a family file if there is none. A spec must pass its check.
 - ``yaml``: a part of a spec, checked on top of rest.yaml.
 - ``json NAME``: a subnet file.
+- ``python NAME``: a module.
 - ``console``: commands after ``$``, and what they print; spaces, line breaks and figures of rounding aside.
 - ``pycon``: as in a Python session.
 """
@@ -94,8 +95,8 @@ def test_the_page_is_what_the_generator_gives():
 
 def test_no_snippet_is_lost():
     assert len(SNIPPETS) * 2 == sum(line.lstrip().startswith("```") for line in TEXT.splitlines())
-    assert {snippet.language for snippet in SNIPPETS} == {"yaml", "json", "console", "pycon"}
-    assert all(snippet.name for snippet in SNIPPETS if snippet.language == "json")
+    assert {snippet.language for snippet in SNIPPETS} == {"yaml", "json", "python", "console", "pycon"}
+    assert all(snippet.name for snippet in SNIPPETS if snippet.language in ("json", "python"))
 
 
 def test_links_lead_somewhere():

@@ -83,3 +83,16 @@ def test_photographs_with_a_table_of_class_indices(name, images):
     assert image.shape == (3, 224, 224)
     assert 0 <= label < 1000
     assert torch.isfinite(image).all()
+
+
+@pytest.mark.slow
+def test_eval_reproduces_the_accuracy_of_a_network_of_no_library(capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1] / "examples" / "cifar_resnet")
+    weights, data = f"{SHARED}/weights/resnet56_cifar10.safetensors", f"npz:{SHARED}/images/cifar10_jpegq75"
+    words = ["eval", "resnet56_cifar10.yaml", "--weights", weights, "--data", data]
+    with pytest.raises(SystemExit) as left:
+        cli.main([*words, "--allow-module", "cifar_resnet", "--device", "cpu", "--json"])
+    shown = capsys.readouterr()
+    assert left.value.code == 0, shown.err
+    found = json.loads(shown.out)
+    assert (found["images"], found["top1"]) == (10_000, pytest.approx(83.2, abs=0.05))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
+    from updp.allowed import allow_modules as allow_modules
     from updp.artefact import load as load
     from updp.artefact import verify as verify
     from updp.certificate import merge as merge
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # Public name -> the module that defines it (PEP 562).
 _HOMES = {
     "SubnetConfig": "updp.subnet",
+    "allow_modules": "updp.allowed",
     "build_supernet": "updp.supernet",
     "export": "updp.exporting",
     "list_specs": "updp.spec",

@@ -269,7 +269,7 @@ def _supernet_of(header: Header, tensors: Mapping[str, Tensor]) -> Supernet:
         supernet = build_supernet(header.spec, model, resized=True)
         supernet.reduce(header.subnet)
     except SpecError as error:
-        raise InputError(f"{header.path}: its spec does not build with the installed timm: {error}") from None
+        raise InputError(f"{header.path}: its spec builds no such network here: {error}") from None
     return supernet
 
 

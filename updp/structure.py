@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from updp.flow import Across, Call, FlowModule, Node, Nodes, Parallel, map_tenso
 from updp.hooks import Hooks, is_own_method, resolve
 from updp.kinds import kind_of, scale_parameter
 from updp.layers import Layout, Negate, Scale
+from updp.models import create_model as create_model
 from updp.problems import say_once
 from updp.spec import ArchSpec, BlockGroup
 
@@ -78,47 +78,6 @@ class BoundBlock:
         """Blocks of equal signature are of one kind: structure, recipes, shapes, modules without drop rates."""
         text = re.sub(r"(drop_prob|p)=[0-9.e-]+", "", repr(self.module))
         return f"{self.group.structure}|{self.group.recipes}|{self.input_shape[1:]}|{self.output_shape[1:]}|{text}"
-
-
-def create_model(
-    spec: ArchSpec,
-    *,
-    num_classes: int | None = None,
-    seed: int | None = None,
-    drop_path: float | None = None,
-    input: tuple[int, int, int] | None = None,
-) -> nn.Module:
-    """The spec's timm model, randomly initialised (nothing is downloaded).
-
-    Args:
-        drop_path: build with this rate, where the model takes one.
-        input: (channels, height, width) when it is not the spec's own.
-
-    Raises:
-        SpecError: timm does not know the model or refuses the arguments.
-    """
-    kwargs: dict[str, Any] = dict(spec.model.kwargs)
-    if num_classes is not None:
-        kwargs["num_classes"] = num_classes
-    if spec.input[0] != 3:
-        kwargs["in_chans"] = spec.input[0]
-    if input is not None and "img_size" in kwargs:
-        kwargs["img_size"] = input[1:]
-    if seed is not None:
-        torch.manual_seed(seed)
-    place = spec.model.place or Place(spec.file)
-    if not timm.is_model(spec.model.name):
-        similar = timm.list_models(f"{spec.model.name[:4]}*")
-        raise SpecError([Problem(place, "model.timm", suggest(spec.model.name, similar or timm.list_models()[:5]))])
-    try:
-        if drop_path is not None:
-            try:
-                return timm.create_model(spec.model.name, pretrained=False, drop_path_rate=drop_path, **kwargs)
-            except TypeError:  # this family takes no drop path
-                pass
-        return timm.create_model(spec.model.name, pretrained=False, **kwargs)
-    except Exception as error:  # whatever a constructor says of arguments it cannot take
-        raise SpecError([Problem(place, "model", f"timm refuses {spec.model.name} with {kwargs}: {error}")]) from error
 
 
 def find_blocks(spec: ArchSpec, model: nn.Module) -> dict[str, BlockGroup]:

@@ -13,6 +13,7 @@ import typer
 from updp import __version__
 from updp.cli import about, calibration, networks, runs, tables
 from updp.cli.console import remember
+from updp.cli.modules import with_modules
 from updp.errors import UpdpError
 from updp.spec import list_specs
 
@@ -87,7 +88,8 @@ def _register() -> None:
     for panel, commands in _COMMANDS.items():
         for name, (command, example) in commands.items():
             epilog = f"Example: [bold]{example.format(spec=spec)}[/bold]"
-            app.command(name, rich_help_panel=panel, epilog=epilog)(command)
+            whole = command if panel == _ABOUT or command is runs.report else with_modules(command)
+            app.command(name, rich_help_panel=panel, epilog=epilog)(whole)
 
 
 _register()

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -45,11 +45,14 @@ def data_config(model: nn.Module, settings: DataSettings | None = None) -> DataC
     """What timm says about a model's images, changed by a spec's ``data`` section.
 
     Args:
-        model: a model made by ``timm.create_model``.
+        model: a model made by ``timm.create_model``; any other needs settings that say everything.
         settings: what to change; None leaves all as it is.
     """
+    changes = {key: value for key, value in vars(settings or DataSettings()).items() if value is not None}
     if not hasattr(model, "pretrained_cfg"):
-        raise TypeError(f"{type(model).__name__} was not made by timm: its data settings are unknown")
+        if len(changes) < len(fields(DataSettings)):
+            raise TypeError(f"{type(model).__name__} was not made by timm: its data settings are unknown")
+        return DataConfig(**changes)
     resolved: dict[str, Any] = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     config = DataConfig(
         mean=tuple(resolved["mean"]),
@@ -58,8 +61,7 @@ def data_config(model: nn.Module, settings: DataSettings | None = None) -> DataC
         interpolation=str(resolved["interpolation"]),
         crop_mode=str(resolved["crop_mode"]),
     )
-    changes = vars(settings or DataSettings()).items()
-    return replace(config, **{key: value for key, value in changes if value is not None})
+    return replace(config, **changes)
 
 
 def fit_channels(config: DataConfig, channels: int) -> DataConfig:

@@ -31,6 +31,9 @@ from updp.spec.tree import Tree
 
 S = TypeVar("S")
 
+SOURCES = ("timm", "python")
+"""Keys of ``model`` that say what builds the network; a spec has one of them."""
+
 
 def build_flow(tree: Tree) -> Flow:
     """A list of steps."""
@@ -137,9 +140,13 @@ def build_group(tree: Tree) -> BlockGroup:
 
 
 def build_model(tree: Tree) -> ModelSource:
-    """Every key but ``timm`` is an argument of ``timm.create_model``."""
-    kwargs = {key: freeze(item.plain()) for key, item in tree.value.items() if key != "timm"}
-    return ModelSource(tree.value["timm"].value, FrozenMap(kwargs), tree.place)
+    """Every key but ``timm`` and ``python`` is an argument of what builds the network."""
+    kwargs = FrozenMap({key: freeze(item.plain()) for key, item in tree.value.items() if key not in SOURCES})
+    if "timm" in tree.value:
+        return ModelSource(tree.value["timm"].value, kwargs, place=tree.place)
+    item = tree.value["python"]
+    module, _, function = item.value.partition(":")
+    return ModelSource(function, kwargs, module, item.place)
 
 
 def build_data(tree: Tree | None) -> DataSettings:

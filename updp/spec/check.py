@@ -5,22 +5,32 @@ Works on what the schema left usable, so that one run reports as many errors as 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 
 from updp.errors import Place, Problem, suggest
 from updp.spec import build
-from updp.spec.language import Flow, Opaque, Recipe, Step, Sum, names_in, walk
+from updp.spec.language import DataSettings, Flow, Opaque, Recipe, Step, Sum, names_in, walk
 from updp.spec.schema import TreePath, count, unit, where
 from updp.spec.settings import STAGES
 from updp.spec.tree import Tree
+
+_IMAGE_KEYS = tuple(field.name for field in dataclasses.fields(DataSettings))
 
 
 def cross_problems(tree: Tree, usable: Tree, damaged: Iterable[TreePath]) -> list[Problem]:
     """Problems of a spec given as its whole tree, its usable part, and the paths that the schema refused."""
     units = {unit(path) for path in damaged if path}
     check = _Check(tree, usable, units)
-    problems = [*check.recipes(), *check.structures(), *check.groups(), *check.unused(), *check.images()]
+    problems = [
+        *check.recipes(),
+        *check.structures(),
+        *check.groups(),
+        *check.unused(),
+        *check.model(),
+        *check.images(),
+    ]
     if "schedule" in usable.value:
         problems += schedule_problems(usable.value["schedule"], ("schedule",))
     return problems
@@ -173,6 +183,20 @@ class _Check:
                 place = self.tree.value[section].keys.get(name, tree.place)
                 if name not in used[section] and place.file == self.tree.place.file:
                     yield Problem(place, where((section, name)), "never used: no entry of `blocks` names it")
+
+    def model(self) -> Iterator[Problem]:
+        """Two sources of one network, or one that leaves the images' settings unsaid."""
+        model = self.usable.get("model")
+        if model is None or "python" not in model.value:
+            return
+        if "timm" in model.value:
+            yield Problem(model.keys["python"], "model", "got both 'timm' and 'python', allowed: one of them")
+            return
+        data = self.tree.get("data")
+        missing = [key for key in _IMAGE_KEYS if data is None or key not in data.value]
+        if missing and (data is None or isinstance(data.value, dict)):
+            message = f"lacks {', '.join(missing)}, which no network but timm's brings along"
+            yield Problem((data or model.value["python"]).place, "data", message)
 
     def images(self) -> Iterator[Problem]:
         """A mean or standard deviation for another number of channels than the images have."""

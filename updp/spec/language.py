@@ -166,11 +166,18 @@ class BlockGroup:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What ``timm.create_model`` is asked for."""
+    """What builds the network: ``timm.create_model`` with a name, or the function ``name`` of a Python module.
+
+    A module is never imported because a spec names it: see :mod:`updp.allowed`.
+    """
 
     name: str
     kwargs: Mapping[str, Any]
+    module: str | None = None
     place: Place | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        return self.name if self.module is None else f"{self.module}:{self.name}"
 
 
 @dataclass(frozen=True)
