@@ -21,17 +21,33 @@ ifeq ($(DEMO_SPEC_$(DEMO)),)
 $(error got DEMO=$(DEMO), allowed: convnext, deit)
 endif
 
+# make demo-imagenet IMAGES=FOLDER: photographs of yours, no labels needed. Without it, the few that scikit-image and
+# scikit-learn come with: those of everyday things, half of them grey.
+IMAGES      ?=
+PHOTOGRAPHS := $(addprefix skimage/data/,astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png \
+               gravel.png moon.png motorcycle_left.png rocket.jpg) \
+               $(addprefix sklearn/datasets/images/,china.jpg flower.jpg)
+IMAGES_FROM := $(or $(IMAGES),build/photographs)
+IMAGES_RUN  := runs/demo-imagenet$(if $(IMAGES),,-smoke)
+
 INSTALL_SOURCES := pyproject.toml constraints.txt CMakeLists.txt updp/__init__.py $(wildcard csrc/*)
 CXX_SOURCES     := $(wildcard csrc/*.cpp csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint format docs native clean
+.PHONY: help demo demo-imagenet test test-all bench lint format docs native clean
 
 help:  ## Show the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 demo: $(VENV)/installed-export  ## Train, prune, merge and measure a small network on real digits (DEMO=convnext or deit)
 	$(BIN)/updp run $(DEMO_SPEC_$(DEMO)) --data digits --prune $(DEMO_PRUNE_$(DEMO)) --threads 1 --out runs/demo-$(DEMO)
+
+demo-imagenet: $(VENV)/installed-imagenet $(if $(IMAGES),,build/photographs)  ## Prune a trained ImageNet network in minutes (IMAGES=FOLDER: your photographs)
+ifeq ($(IMAGES),)
+	@echo "A smoke run: $(words $(PHOTOGRAPHS)) photographs show that everything works, and the network is only as good as so few"
+	@echo "can make it. With some hundreds of your own it is worth looking at: make demo-imagenet IMAGES=FOLDER"
+endif
+	$(BIN)/updp calibrate tf_efficientnet_lite0 --weights package --data "folder:$(IMAGES_FROM)" --prune 2 --out $(IMAGES_RUN)
 
 test: lint  ## Check style and types, run the tests (under 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal
@@ -76,6 +92,15 @@ $(BIN)/python:
 $(VENV)/installed-export: $(INSTALL_SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[export]'
 	@touch $@
+
+$(VENV)/installed-imagenet: $(INSTALL_SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[export,imagenet]' scikit-image
+	@touch $(VENV)/installed-export $@
+
+# Copied from the installed packages, which are not imported.
+build/photographs: $(VENV)/installed-imagenet
+	@rm -rf $@ && mkdir -p $@
+	@cd "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" && cp $(PHOTOGRAPHS) "$(CURDIR)/$@"
 
 # dev contains export.
 $(VENV)/installed-dev: $(INSTALL_SOURCES) | $(BIN)/python

@@ -174,7 +174,7 @@ def find_weights(weights: str | Path, model: str) -> Path:
     return load_packaged(model).find() if weights == PACKAGE else Path(weights)
 
 
-def names_in(path: Path, model: str) -> Names | None:
+def known_names(path: Path, model: str) -> Names | None:
     """How names become the model's, if this is the file of the package that is known for it; None for other files.
 
     A file is known by its bytes, wherever it lies: what was found in a package once can be read again by its path.

