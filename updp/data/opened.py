@@ -116,8 +116,10 @@ class Data:
         start = _part(len(source), held_out)
         return self._judged(source, _order(source, seed)[start : start + images])
 
-    def any_images(self, count: int, seed: int) -> ImageSet:
+    def any_images(self, count: int, seed: int, settings: TrainSettings | None = None) -> ImageSet:
         """``count`` images, or all there are, of which labels are not asked: training images if there are any.
+
+        They are the same ones with and without ``settings``, which say how to augment them.
 
         Raises:
             InputError: they can only be read as a stream.
@@ -125,7 +127,11 @@ class Data:
         images = self.source.train if self.source.train is not None else self.source.val
         if images is None or isinstance(images, Stream):
             raise InputError(f"data {self.source.name!r} can only be read from end to end; allowed: a folder, npz:PATH")
-        return self._judged(images, _order(images, seed)[:count])
+        indices = _order(images, seed)[:count]
+        if settings is None:
+            return self._judged(images, indices)
+        transform = train_transform(self.input, self.config, settings)
+        return ImageSet(images, indices, transform, self._mode, seed if draws(settings) else None)
 
     def val(self) -> ImageSet | StreamSet:
         """The images to judge on."""

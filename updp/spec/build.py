@@ -161,6 +161,7 @@ def build_schedule(values: Mapping[str, Any], start: Schedule = DEFAULT_SCHEDULE
         settings: TrainSettings = getattr(start, stage)
         settings = replace_fields(settings, values.get("train", {}))
         changes[stage] = replace_fields(settings, values.get(stage, {}))
+    changes["distill"] = replace_fields(start.distill, values.get("distill", {}))
     changes["search"] = replace_fields(start.search, values.get("search", {}))
     changes["blend"] = replace_fields(start.blend, values.get("blend", {}))
     return replace_fields(start, changes)

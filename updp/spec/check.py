@@ -39,7 +39,7 @@ def cross_problems(tree: Tree, usable: Tree, damaged: Iterable[TreePath]) -> lis
 def schedule_problems(schedule: Tree, path: TreePath) -> list[Problem]:
     """Ranges in a valid ``schedule`` that are the wrong way round."""
     problems = []
-    for stage in ("train", *STAGES):
+    for stage in ("train", *STAGES, "distill"):
         settings = schedule.get(stage)
         scale = settings.get("scale") if settings is not None else None
         if scale is not None and scale.value is not None and scale.value[0].value > scale.value[1].value:

@@ -56,6 +56,12 @@ class SearchSettings:
     chunk: int = 64
 
 
+DISTILL = TrainSettings(
+    epochs=4, batch_size=32, lr=3e-4, weight_decay=0.0, warmup_epochs=0.5, min_lr=1e-6, hflip=0.5, scale=(0.3, 1.0)
+)
+"""Few steps at a small rate, on crops: there are some hundreds of images, and what is learnt must hold for others."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Settings of all stages; ``held_out`` is the part of the training images that the search scores on."""
@@ -65,6 +71,7 @@ class Schedule:
     baseline: TrainSettings = TrainSettings(epochs=300)
     supernet: TrainSettings = TrainSettings(epochs=10)
     finetune: TrainSettings = TrainSettings(epochs=300)
+    distill: TrainSettings = DISTILL
     search: SearchSettings = SearchSettings()
     blend: BlendSettings = BlendSettings()
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 from accelerate import Accelerator
 from timm.utils import random_seed
@@ -20,6 +20,9 @@ from updp.train.factory import (
     make_optimizer,
     make_scheduler,
 )
+
+Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""The loss of answers and targets."""
 
 
 def derive_seed(seed: int, *parts: object) -> int:
@@ -128,11 +131,14 @@ class Session:
         targets = targets.to(device, non_blocking=True)
         return (images, targets) if self.mixer is None else self.mixer(images, targets)
 
-    def run_pass(self, images: Tensor, targets: Tensor, *, last: bool = True) -> Tensor:
+    def run_pass(
+        self, images: Tensor, targets: Tensor, *, last: bool = True, criterion: Criterion | None = None
+    ) -> Tensor:
         """Forward and backward; gradients add up, and processes share them in the last pass. The loss."""
         assert self._forward is not None
+        criterion = criterion or self.criterion
         with nullcontext() if last else self.accelerator.no_sync(self._forward):
-            loss: Tensor = self.criterion(self._forward(images), targets)
+            loss = criterion(self._forward(images), targets)
             self.accelerator.backward(loss)
         return loss.detach()
 
