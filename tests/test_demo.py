@@ -5,9 +5,11 @@ import os
 import shlex
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from updp.artefact import verify
 from updp.measure import LatencyTable
@@ -19,9 +21,14 @@ LOST = 1.0  # points that pruning may cost
 
 
 def dry_run(demo: str) -> subprocess.CompletedProcess[str]:
-    """What ``make demo`` would run; as typed in a shell, even where ``make test`` runs this."""
+    """What ``make demo`` would run."""
+    return dry_make("demo", f"DEMO={demo}")
+
+
+def dry_make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What ``make`` would run; as typed in a shell, even where ``make test`` runs this."""
     env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    words = ["make", "--dry-run", "demo", f"DEMO={demo}"]
+    words = ["make", "--dry-run", "--always-make", *arguments]
     return subprocess.run(words, cwd=ROOT, text=True, capture_output=True, env=env)
 
 
@@ -67,6 +74,34 @@ def test_an_unknown_demo_is_told_with_the_known_ones():
     done = dry_run("vgg")
     assert done.returncode == 2
     assert "got DEMO=vgg, allowed: convnext, deit" in done.stderr
+
+
+def test_the_imagenet_demo_takes_a_folder_of_the_user():
+    shown = dry_make("demo-imagenet", "IMAGES=my photographs")
+    assert shown.returncode == 0, shown.stderr
+    program, *words = shlex.split(shown.stdout.strip().splitlines()[-1])
+    assert Path(program).name == "updp"
+    assert words[:4] == ["calibrate", "tf_efficientnet_lite0", "--weights", "package"]
+    assert words[4:] == ["--data", "folder:my photographs", "--prune", "2", "--out", "runs/demo-imagenet"]
+    assert "skimage" not in shown.stdout
+
+
+def test_the_imagenet_demo_without_a_folder_says_that_it_is_a_smoke_run():
+    """Its photographs are copied from the installed packages; each must be there, in colour or grey."""
+    shown = dry_make("demo-imagenet")
+    assert shown.returncode == 0, shown.stderr
+    *before, last = shown.stdout.strip().splitlines()
+    assert "--data folder:build/photographs --prune 2 --out runs/demo-imagenet-smoke" in last.replace('"', "")
+    copied = next(line for line in before if " cp " in line)
+    files = shlex.split(copied.partition(" cp ")[2])[:-1]
+    assert len(files) >= 10, "fewer are refused"
+    assert any("A smoke run" in line and f"{len(files)} photographs" in line for line in before)
+    folder = Path(sysconfig.get_path("platlib"))
+    if not (folder / "skimage").is_dir():
+        pytest.skip("scikit-image is not installed")
+    for file in files:
+        with Image.open(folder / file) as image:
+            assert image.mode in ("RGB", "L") and min(image.size) >= 224, file
 
 
 @pytest.mark.slow
