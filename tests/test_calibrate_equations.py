@@ -132,6 +132,28 @@ def _arguments(operator):
     return operator.in_channels, operator.out_channels, operator.kernel_size, operator.stride, operator.padding
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_bias_per_tap_is_solved_for_too(groups):
+    """Inside the map the taps only add up; which of them is on it tells them apart at the border."""
+    pads = (0, 1, 2, 1)
+    truth, operator = (PaddedConv2d(4, 6, 3, pads=pads, tap_bias=True, groups=groups).double() for _ in range(2))
+    generator = torch.Generator().manual_seed(5)
+    for conv in (truth, operator):
+        conv.taps.data = torch.randn(conv.taps.shape, generator=generator, **F64)
+    assert shape_of(operator) == (groups, 36 // groups + 9, 6 // groups)
+    equations = Equations(*shape_of(operator))
+    with torch.no_grad():
+        for _ in range(12):
+            x = torch.randn(2, 4, 6, 7, generator=generator, **F64)
+            equations.add(*sample(operator, x, truth(x), 10_000, generator))
+        bias = truth.bias.reshape(groups, -1)
+        assert equations.error(as_solution(truth), bias) < 1e-12
+        assert equations.error(as_solution(operator), bias) > 0.01
+        assign(operator, *equations.solve(0.0))
+        assert torch.allclose(operator(x), truth(x), atol=1e-9)
+    assert not torch.allclose(operator.taps, truth.taps), "of the ways to say it, the smallest"
+
+
 def test_positions_are_sampled_without_repetition_and_differ_by_image():
     conv = nn.Conv2d(1, 1, 1).double()
     x = torch.arange(2 * 30, **F64).reshape(2, 1, 5, 6)

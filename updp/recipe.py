@@ -89,6 +89,10 @@ class PrunedFlow(FlowModule):
             if isinstance(part, _BatchNorm) and name not in self._shared:
                 yield part
 
+    def owns(self, step: str) -> bool:
+        """Whether a part is this flow's alone, so that the baseline does not change with it."""
+        return step not in self._shared
+
     @property
     def pending(self) -> dict[str, Resize]:
         """Kernel changes still to come."""

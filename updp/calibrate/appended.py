@@ -127,10 +127,12 @@ def _into_linear(seen: Range, activation: type[nn.Module]) -> tuple[Tensor, Tens
 
 
 def _rescale(operator: nn.Module, scale: Tensor, shift: Tensor) -> None:
-    weight, bias = weight_of(operator), operator.bias
+    weight, bias, taps = weight_of(operator), operator.bias, getattr(operator, "taps", None)
     assert isinstance(bias, nn.Parameter)
     with torch.no_grad():
         weight.mul_(scale.to(weight.dtype).reshape(-1, *[1] * (weight.dim() - 1)))
+        if taps is not None:
+            taps.mul_(scale.to(taps.dtype)[:, None, None])
         bias.copy_(bias.double() * scale + shift)
 
 

@@ -6,8 +6,9 @@ it makes up for the errors before it. Nothing is ever held of all images: each p
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from updp.calibrate.alternating import PairProblem, pairs_of
 from updp.calibrate.appended import Range, open_appended
 from updp.calibrate.equations import RIDGES, Equations
 from updp.calibrate.observe import Key, Value, observe, record, reference_of
@@ -27,6 +29,9 @@ from updp.supernet import Supernet, estimating
 
 Images: TypeAlias = Callable[[], Iterable[Tensor]]
 """Gives the same batches ``(N, C, H, W)`` each time it is called."""
+
+Solutions: TypeAlias = dict[tuple[tuple[str, str], ...], "tuple[dict[str, Tensor], list[Solved]]"]
+"""What a block's flow was solved to, by the choices up to and with that block."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,10 @@ class SolveSettings:
     held_out: float = 0.2
     restore: bool = True
     seed: int = 0
+
+    def fitting(self, images: int) -> int:
+        """How many images of a batch are to fit; the others, at least one of two, are held out."""
+        return max(1, min(images - 1, round(images * (1 - self.held_out))))
 
 
 @dataclass(frozen=True)
@@ -76,23 +85,33 @@ def solve_subnet(
     images: Images,
     settings: SolveSettings | None = None,
     progress: Callable[[int], None] | None = None,
+    solutions: Solutions | None = None,
 ) -> list[Solved]:
     """Solve every pruned block of a subnet, in order of execution; the supernet is left at that subnet.
 
     Args:
         supernet: of a spec whose recipes compose at the start; its baseline has trained weights.
         progress: called with how many blocks are done.
+        solutions: what was found for other subnets on the same images; taken up again where it is the same, and
+            added to.
 
     Raises:
         InputError: no images, or the maps of a block are not finite.
     """
     solved: list[Solved] = []
     before: dict[str, str] = {}
-    for name in supernet.blocks:
+    solutions = {} if solutions is None else solutions
+    for name, block in supernet.blocks.items():
         if (choice := subnet.choice(name)) != KEEP:
             config = SubnetConfig(supernet.spec.name, before)
-            solved += solve_blocks(supernet, {name: choice}, config, images, settings)
             before[name] = choice
+            if (known := solutions.get(tuple(before.items()))) is None:
+                found = solve_blocks(supernet, {name: choice}, config, images, settings)
+                solutions[tuple(before.items())] = copy.deepcopy(block.choices[choice].state_dict()), found
+            else:
+                state, found = known
+                block.choices[choice].load_state_dict(state)
+            solved += found
             if progress is not None:
                 progress(len(before))
     supernet.set_subnet(subnet)
@@ -110,9 +129,10 @@ def solve_blocks(
     stream = _Stream(supernet, choices, before, images)
     settings = settings or SolveSettings()
     with evaluating(supernet), torch.no_grad():
-        _estimate_norms(stream)
+        _estimate_norms(stream, stream.flows)
         solved = []
         for turn in range(max(len(flow.composed) for flow in stream.flows.values())):
+            solved += _solve_filters(stream, turn, settings)
             solved += _solve_operators(stream, turn, settings)
     return solved
 
@@ -186,16 +206,39 @@ def inputs_of(supernet: Supernet, names: Iterable[str], x: Tensor) -> dict[str, 
     return caught
 
 
-def _estimate_norms(stream: _Stream) -> None:
-    """Statistics of the norms that the flows own, but for those appended, which come last."""
+def _estimate_norms(stream: _Stream, blocks: Collection[str]) -> None:
+    """Statistics of the norms that these blocks' flows own, but for those appended, which come last."""
     norms = []
-    for flow in stream.flows.values():
+    for flow in (stream.flows[name] for name in blocks):
         appended = {id(flow.part(name)) for name in flow.appended}
         norms += [norm for norm in flow.norms() if isinstance(norm, _BatchNorm) and id(norm) not in appended]
     if norms:
         with estimating(norms):
             for name, x in stream.inputs():
-                stream.flows[name](x)
+                if name in blocks:
+                    stream.flows[name](x)
+
+
+def _solve_filters(stream: _Stream, turn: int, settings: SolveSettings) -> list[Solved]:
+    """Solve the depthwise convolutions before the operators whose turn it is, together with those."""
+    problems: dict[str, PairProblem] = {}
+    for name, flow in stream.flows.items():
+        for pair in pairs_of(flow):
+            if pair.operator in list(flow.composed)[turn : turn + 1]:
+                problems[name] = PairProblem(flow, pair)
+    if not problems:
+        return []
+    generator = torch.Generator().manual_seed(settings.seed)
+    for name, x, reference in stream.pairs():
+        if (problem := problems.get(name)) is not None:
+            problem.observe(x, reference, settings.fitting(len(x)), settings.positions, generator)
+    solved = []
+    for name, problem in problems.items():
+        ridge, before, error = problem.solve()
+        samples, unknowns = problem.fit.count + problem.held_out.count, problem.fit.unknowns
+        solved.append(Solved(name, problem.pair.filters, samples, unknowns, ridge, before, error))
+    _estimate_norms(stream, problems)
+    return solved
 
 
 @dataclass
@@ -219,7 +262,7 @@ class _Problem:
         """Take in a batch; its last images are held out."""
         if not (torch.isfinite(x).all() and torch.isfinite(wanted).all()):
             raise InputError(f"block {self.block}: the network's values are not finite; check weights and images")
-        parts = max(1, round(len(x) * (1 - settings.held_out)))
+        parts = settings.fitting(len(x))
         for equations, where in ((self.fit, slice(0, parts)), (self.held_out, slice(parts, len(x)))):
             if where.start < where.stop:
                 equations.add(*sample(self.part, x[where], wanted[where], settings.positions, generator))

@@ -79,7 +79,7 @@ class Equations:
         gram, cross, _ = self.centred()
         if prior is not None:
             cross = cross - gram @ prior
-        weight = _solve_positive(gram, cross, ridge) if ridge else torch.linalg.pinv(gram, hermitian=True) @ cross
+        weight = solve_positive(gram, cross, ridge) if ridge else torch.linalg.pinv(gram, hermitian=True) @ cross
         if prior is not None:
             weight = weight + prior
         mean_x, mean_y = (total / self.count for total in self.sums)
@@ -107,7 +107,7 @@ class Equations:
         return float(residual.clamp_min(0).sum() / variance.sum().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def _solve_positive(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+def solve_positive(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """Solve ``(gram + ridge * mean(diag) * 1) w = cross``; rounding may ask for a larger ridge."""
     diagonal = gram.diagonal(dim1=1, dim2=2)
     level = diagonal.mean(1).clamp_min(torch.finfo(torch.float64).tiny)
