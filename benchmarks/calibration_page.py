@@ -95,7 +95,8 @@ def _at_equal_latency(result: Result) -> list[str]:
     titles = [title for title, *_ in METHODS.values()]
     return [
         "At equal latency: top-1 of each method at the latency that the full method has with K blocks, on straight "
-        "lines between the points of its curve, which begins at the baseline (–: the curve does not reach it).", "",
+        "lines between the points of its curve, which begins at the baseline (–: the curve does not reach it). Where a "
+        "curve bends downwards, the line lies below it.", "",
         *_table(["K", "latency ratio", *titles], lines),
     ]  # fmt: skip
 
@@ -191,8 +192,9 @@ def _line(result: Result, method: str, points: Sequence[Point], frame: tuple[flo
     for k, (x, y), (ratio, top1) in zip(ks, placed[1:], points[1:], strict=True):
         tip = f"{title}, K={k}: {top1:.2f} % at {ratio:.3f}"
         parts.append(f"<g>{_mark(mark, x, y, colour)}<title>{escape(tip)}</title></g>")
-        if method == "full":
-            parts.append(f'<text x="{x:.1f}" y="{y - 10:.1f}" font-size="12" text-anchor="middle" {_TEXT}>K={k}</text>')
+        if below := {"full": -10, "drop": 20}.get(method):  # the two whose latencies differ
+            text = f'font-size="12" text-anchor="middle" {_TEXT}>K={k}'
+            parts.append(f'<text x="{x:.1f}" y="{y + below:.1f}" {text}</text>')
     x, y = placed[0]
     parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="#fff" stroke="#333" stroke-width="2"/></g>')
     return "".join(parts)
