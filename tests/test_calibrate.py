@@ -16,6 +16,7 @@ from updp.calibrate import (
     DamageTable,
     SolveSettings,
     choose,
+    costs,
     measure_damage,
     network_damage,
     solve_blocks,

@@ -5,15 +5,20 @@ import shutil
 
 import pytest
 import torch
-from commands import SPEC, Caller, contents
+from commands import SPEC, TINY, Caller, contents, options
 from networks import spec_of
 from PIL import Image
+from safetensors.torch import load_file
 
 import updp
 from updp.artefact import save_tensors
+from updp.calibrate import DamageTable, costs, damage, load_operators
 from updp.cli import main
+from updp.errors import InputError
 from updp.pipeline import RunDirectory, finish
+from updp.pipeline.context import open_images
 from updp.randomize import randomize
+from updp.report import report
 from updp.structure import create_model
 from updp.subnet import SubnetConfig
 
@@ -40,6 +45,8 @@ def _quick():
         patch.setattr(finish, "find_spec", lambda name: None)
         patch.setattr(finish, "_NETWORK_SECONDS", 0.01)
         patch.setattr(finish, "_BLOCK_SECONDS", 0.001)
+        patch.setattr(costs, "NETWORK_SECONDS", 0.01)
+        patch.setattr(costs, "BLOCK_SECONDS", 0.001)
         yield
 
 
@@ -136,9 +143,148 @@ def test_a_budget_of_operations(copy, weights, call):
     merged = json.loads(told.out)["merge"]
     assert merged["after"]["macs"] <= 0.98 * merged["before"]["macs"]
     before = contents(copy)
-    message = call.refuses(*asked(weights, copy, "--budget", "macs=0.1x", "--recipe", "full"), names=("allowed: at",))
-    assert "of the baseline's" in message
+    for budget in ("macs=0.1x", "latency=0.01x"):
+        told = ("--budget: ", budget.partition("=")[0], "allowed: at least that")
+        call.refuses(*asked(weights, copy, "--budget", budget, "--recipe", "full"), names=told)
     assert contents(copy) == before
+
+
+def test_a_budget_out_of_reach_is_told_before_anything_is_solved(weights, call, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(damage, "solve_blocks", never)
+    told = ("macs: got 0.1x", "allowed: at least that")
+    call.refuses(*asked(weights, tmp_path / "net", "--budget", "macs=0.1x"), names=told)
+
+
+def test_interrupted_it_goes_on_behind_what_is_solved(done, weights, call, tmp_path, monkeypatch):
+    solve, calls = damage.solve_blocks, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args[1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(damage, "solve_blocks", interrupted)
+    out = tmp_path / "net"
+    words = asked(weights, out, "--prune", 2, "--recipe", "full")
+    stopped = call(*words)
+    assert stopped.status == 130, stopped
+    assert f"updp {' '.join(map(str, words))}" in stopped.err
+    assert [name for name in contents(out) if name.startswith("damage/")] == [
+        "damage/costs.json", "damage/operators-000.safetensors",
+    ]  # fmt: skip
+    first = contents(out)
+    again = call(*words)
+    assert again.status == 0, again
+    assert len(calls) == 3, "the first group was solved once"
+    assert [name for name in first if contents(out)[name] != first[name] and name != "run.json"] == []
+    tensors = [name for name in contents(done) if name.endswith(".safetensors")]
+    assert [name for name in tensors if contents(out)[name] != contents(done)[name]] == []
+
+
+def test_solved_operators_are_at_hand(done):
+    run = RunDirectory.open(done)
+    table = DamageTable.load(done / "damage" / "table.json")
+    model = create_model(run.spec, num_classes=10)
+    model.load_state_dict(load_file(done / "baseline" / "weights.safetensors"))
+    supernet = updp.build_supernet(run.spec, model, resized=True).eval()
+    row = max(table.rows, key=lambda row: row.damage)
+    subnet = SubnetConfig(run.record.spec, {row.block: row.recipe})
+    images = open_images(run.spec, "digits").any_images(100, 0)
+    judge = [torch.stack([image for image, _ in (images[i] for i in range(80, 100))])]
+    fresh = damage.network_damage(supernet, subnet, lambda: judge)
+    assert load_operators(supernet, done / "damage", subnet) == [(row.block, row.recipe)]
+    assert damage.network_damage(supernet, subnet, lambda: judge) == pytest.approx(row.damage, rel=1e-6)
+    assert fresh != pytest.approx(row.damage, rel=1e-3)
+    assert len(load_operators(supernet, done / "damage")) == len(table.rows)
+    with pytest.raises(InputError, match="no solved operators"):
+        load_operators(supernet, done / "merge")
+
+
+def test_the_table_has_the_time_of_every_block(done):
+    table = DamageTable.load(done / "damage" / "table.json")
+    assert table.latency > sum(row.latency_before for row in table.rows) / 3 > 0
+    assert table.environment["threads"] == 1
+    assert all(row.latency > 0 and row.macs < row.macs_before for row in table.rows if row.recipe == "full")
+    times = json.loads((done / "damage" / "costs.json").read_text())["times"]
+    assert {"network", table.rows[0].block, f"{table.rows[0].block} full"} <= {row["name"] for row in times["rows"]}
+
+
+def test_training_starts_from_a_calibration(done, weights, call, tmp_path):
+    out = tmp_path / "run"
+    words = ["run", SPEC, "--data", "digits", "--init", done, "--out", out, "--threads", 1, *options(TINY)]
+    told = call(*words)
+    assert told.status == 0, told
+    run = RunDirectory.open(out)
+    assert run.record.stages == ("baseline", "finetune", "merge")
+    chosen = SubnetConfig.load(done / "calibrate" / "subnet.json")
+    assert run.record.subnet == chosen.choices
+    assert contents(out)["calibrate/weights.safetensors"] == contents(done)["calibrate/weights.safetensors"]
+    assert contents(out)["baseline/weights.safetensors"] == contents(done)["baseline/weights.safetensors"]
+    begun, ended = (load_file(out / stage / "weights.safetensors") for stage in ("calibrate", "finetune"))
+    assert begun.keys() == ended.keys()
+    assert call(*words).out.count("finished before") == 3
+    assert call(*words[:4], *words[6:]).out.count("finished before") == 3, "kept where it is left out"
+    call.refuses(*words, "--weights", weights, names=("--weights: has no meaning with --init",))
+    call.refuses(*words, "--set", "model.drop_path_rate=0.1", names=("--init: ", "under other settings"))
+
+
+def test_without_training_the_start_is_the_calibrated_network(done, call, tmp_path):
+    out = tmp_path / "run"
+    direct = [*options(TINY), "--set", "finetune.epochs=0"]
+    told = call("run", SPEC, "--data", "digits", "--init", done, "--out", out, "--threads", 1, *direct)
+    assert told.status == 0, told
+    assert result(out, "merge")["top1"] == pytest.approx(result(done, "merge")["top1"], abs=1.0)
+
+
+def test_a_run_calibrates_its_own_start(call, tmp_path):
+    out = tmp_path / "run"
+    words = ["run", SPEC, "--data", "digits", "--init", "calibrated", "--prune", 2, "--recipe", "full", "--out", out]
+    told = call(*words, "--threads", 1, *options(TINY))
+    assert told.status == 0, told
+    stages = ("baseline", "damage", "calibrate", "finetune", "merge")
+    assert RunDirectory.open(out).record.stages == stages
+    assert all((out / stage / "result.json").is_file() for stage in stages)
+    assert result(out, "finetune")["epochs"] == 2
+
+
+def test_what_is_no_calibration_is_refused(copy, call, tmp_path):
+    def refused(place, *names):
+        words = ("run", SPEC, "--data", "digits", "--init", place, "--out", tmp_path / "run", *options(TINY))
+        call.refuses(*words, names=("--init: ", *names))
+        assert not (tmp_path / "run").exists()
+
+    refused(tmp_path / "none", "no such directory")
+    refused(tmp_path, "not a run directory")
+    record = json.loads((copy / "run.json").read_text())
+    (copy / "calibrate" / "result.json").unlink()
+    refused(copy, "is not finished")
+    (copy / "run.json").write_text(json.dumps({**record, "calibration": None}))
+    refused(copy, "is a run without calibrated blocks")
+    (copy / "run.json").write_text(json.dumps({**record, "calibration": {"picture": 3}}))
+    refused(copy, "run.json", "picture")
+    told = ("--subnet: has no meaning",)
+    words = ("run", SPEC, "--data", "digits", "--init", "calibrated", "--subnet", copy / "calibrate" / "subnet.json")
+    call.refuses(*words, "--out", tmp_path / "run", names=told)
+
+
+def test_a_run_of_the_first_version_still_opens(copy):
+    record = json.loads((copy / "run.json").read_text())
+    old = {name: value for name, value in record.items() if name not in ("calibration", "init")}
+    (copy / "run.json").write_text(json.dumps(old))
+    assert RunDirectory.open(copy).record.calibration is None
+
+
+@pytest.mark.parametrize("stages", range(5))
+def test_every_state_has_a_page(copy, stages):
+    for stage in STAGES[stages:]:
+        shutil.rmtree(copy / stage)
+    page = report(copy).read_text()
+    assert page.count('class="done"') == stages
+    assert page.count('class="todo"') == 4 - stages
 
 
 def test_images_without_labels_do(weights, call, tmp_path):
@@ -150,6 +296,8 @@ def test_images_without_labels_do(weights, call, tmp_path):
     told = call(*asked(weights, out, "--prune", 1, "--recipe", "full", data=f"folder:{folder}"))
     assert told.status == 0, told
     assert told.out.count("no labels") == 2
+    assert "few images: at most" in told.out
+    assert "memory: up to" in told.out
     assert result(out, "merge")["top1"] is result(out, "baseline")["top1"] is None
     told = call(*asked(weights, tmp_path / "judged", "--prune", 1, "--recipe", "full", "--judge", "digits",
                        data=f"folder:{folder}"))  # fmt: skip
@@ -164,7 +312,8 @@ def test_bad_requests_leave_nothing(weights, call, tmp_path):
         (("--prune", 99), ("--prune: got 99, allowed: 1 to 10",)),
         (("--budget", "time=0.5x"), ("--budget: got 'time=0.5x', allowed: macs=PARTx",)),
         (("--budget", "macs=2"), ("--budget macs: got 2",)),
-        (("--prune", 1, "--recipe", "fulll"), ("recipe", "full")),
+        (("--prune", 1, "--recipe", "fulll"), ("--recipe: got 'fulll'", "did you mean 'full'?")),
+        (("--prune", 1, "--judge", "nowhere"), ("nowhere",)),
         (("--prune", 1, "--until", "search"), ("--until: got 'search'", "damage")),
     ]
     for more, names in cases:
@@ -190,4 +339,37 @@ def test_weights_that_are_not_numbers_are_told(weights, call, tmp_path):
     model = create_model(spec_of(SPEC), num_classes=10, seed=0)
     next(model.parameters()).data.fill_(torch.nan)
     save_tensors(tmp_path / "nan.safetensors", model.state_dict())
-    call.refuses(*asked(tmp_path / "nan.safetensors", tmp_path / "net", "--prune", 1), names=("not finite",))
+    told = ("nan.safetensors", next(iter(model.state_dict())), "not finite")
+    call.refuses(*asked(tmp_path / "nan.safetensors", tmp_path / "net", "--prune", 1), names=told)
+    assert not (tmp_path / "net").exists()
+
+
+def test_images_that_cannot_be_read(weights, call, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    told = (str(folder), "no images")
+    call.refuses(*asked(weights, tmp_path / "net", "--prune", 1, data=f"folder:{folder}"), names=told)
+    for number in range(9):
+        Image.new("RGB", (40, 40)).save(folder / f"{number}.png")
+    told = ("9 images, allowed: at least 10",)
+    call.refuses(*asked(weights, tmp_path / "net", "--prune", 1, data=f"folder:{folder}"), names=told)
+    (folder / "broken.png").write_bytes(b"no image")
+    told = ("broken.png", "cannot be read as an image")
+    call.refuses(*asked(weights, tmp_path / "net", "--prune", 1, data=f"folder:{folder}"), names=told)
+    assert not list((tmp_path / "net").rglob("operators*"))
+
+
+def test_a_network_without_prunable_blocks(weights, call, tmp_path):
+    spec = tmp_path / "none.yaml"
+    text = spec_of(SPEC).text.replace("recipes: [full, pointwise]", "recipes: [same]")
+    start, end = (text.index(f"\n{key}:\n") for key in ("recipes", "blocks"))
+    spec.write_text(f"{text[:start]}\nrecipes:\n  same: {{kind: reparam, merge: []}}\n{text[end:]}")
+    words = asked(weights, tmp_path / "net", "--prune", 1)
+    call.refuses(words[0], spec, *words[2:], names=("no block that a recipe prunes",))
+
+
+def test_a_place_that_cannot_be_written(weights, call, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    call.refuses(*asked(weights, tmp_path / "file", "--prune", 1), names=("--out", "is a file"))
+    call.refuses(*asked(weights, tmp_path / "file" / "net", "--prune", 1), names=("file",))
+    assert (tmp_path / "file").read_text() == "kept"

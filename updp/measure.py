@@ -22,6 +22,7 @@ import torch
 
 from updp.errors import InputError
 
+_ROUNDS = (15, 200)  # of a comparison, at least and at most
 _ROW = {"name": str, "median_ms": float, "low_ms": float, "high_ms": float, "runs": int}
 
 
@@ -167,6 +168,20 @@ def measure(
                 if turn >= 0:
                     samples[name].append((time.perf_counter_ns() - start) / 1e6)
     return {name: Timing.from_samples(name, samples[name]) for name in names}
+
+
+def compare(
+    functions: Mapping[str, Callable[[], object]], seconds: float, device: str | torch.device = "cpu"
+) -> dict[str, Timing]:
+    """Time functions in turns, as often as fits into about so many seconds."""
+    with torch.inference_mode():
+        for function in functions.values():
+            function()
+        start = time.perf_counter()
+        for function in functions.values():
+            function()
+        once = time.perf_counter() - start
+    return measure(functions, rounds=min(max(round(seconds / once), _ROUNDS[0]), _ROUNDS[1]), device=device)
 
 
 def speedup(before: Timing, after: Timing) -> Speedup:

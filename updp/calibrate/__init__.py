@@ -10,7 +10,13 @@ from updp.calibrate.blocks import SolveSettings as SolveSettings
 from updp.calibrate.blocks import solve_blocks as solve_blocks
 from updp.calibrate.blocks import solve_subnet as solve_subnet
 from updp.calibrate.choose import choose as choose
+from updp.calibrate.choose import rank as rank
 from updp.calibrate.damage import Damage as Damage
 from updp.calibrate.damage import DamageTable as DamageTable
+from updp.calibrate.damage import divergence as divergence
 from updp.calibrate.damage import measure_damage as measure_damage
 from updp.calibrate.damage import network_damage as network_damage
+from updp.calibrate.kept import load_operators as load_operators
+from updp.calibrate.verify import Verified as Verified
+from updp.calibrate.verify import latency_part as latency_part
+from updp.calibrate.verify import verify as verify

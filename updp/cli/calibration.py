@@ -45,6 +45,9 @@ def calibrate(
     ] = None,
     recipe: Annotated[str | None, typer.Option(metavar="R", help="Only this recipe; all if left out.")] = None,
     images: Annotated[int, typer.Option(metavar="N", min=10, help="Images to use; a fifth judges.")] = 1000,
+    candidates: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Sets of blocks to compare; 1: the table alone decides.")
+    ] = 8,
     judge: Annotated[
         str | None, typer.Option(metavar="D", help="Data with labels, only to tell accuracies of.")
     ] = None,
@@ -59,14 +62,15 @@ def calibrate(
     """Prune a pretrained network in minutes: no training, no labels.
 
     Each pruned block becomes the one operator that does best what the block did, by least squares on a few hundred
-    images. What each block costs is measured first and kept in DIR, so that another K takes only the solving.
+    images; then all weights are distilled for some steps. What each block costs is measured first and kept in DIR, so
+    that another K takes only the solving.
     """
     from updp.pipeline import Calibration
     from updp.pipeline.prepare import Request, prepare
 
     cost = parse_budget(budget)
     stages = stages_until(until, ("baseline", "damage", "calibrate", "merge"))
-    asked = Calibration(images, cost.get("macs"), cost.get("latency"), judge)
+    asked = Calibration(images, cost.get("macs"), cost.get("latency"), candidates, judge)
     watch = ConsoleWatch(err if json else out)
     request = Request(
         spec, data, out_dir, prune, recipe, weights, None, tuple(settings or ()), seed, threads, "cpu", None, asked

@@ -12,7 +12,7 @@ from updp.cli.console import FIRST, guarded, line, out
 from updp.cli.progress import ConsoleWatch
 from updp.cli.summary import show_header, show_summary
 from updp.errors import InputError, UpdpError, suggest
-from updp.pipeline import SEARCHED
+from updp.pipeline import SEARCHED, STAGES
 
 if TYPE_CHECKING:
     from updp.pipeline import RunDirectory
@@ -39,6 +39,14 @@ Seed = Annotated[int | None, typer.Option(metavar="N", help="Of all that is rand
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; torch's choice if left out.")]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu or cuda; auto if left out.")]
 Precision = Annotated[str | None, typer.Option(metavar="P", help="no (float32) or bf16; no if left out.")]
+CALIBRATED = "calibrated"
+Init = Annotated[
+    str | None,
+    typer.Option(
+        metavar="calibrated|DIR",
+        help="Start the pruned blocks from operators solved for from images: now, or by `updp calibrate` in DIR.",
+    ),
+]
 
 CONTINUE = "Finished stages are kept. The same command goes on from there:"
 
@@ -58,17 +66,24 @@ def run(
     threads: Threads = None,
     device: Device = None,
     precision: Precision = None,
+    init: Init = None,
 ) -> None:
     """Train a network, prune K of its blocks, train on, merge, and measure what was gained.
 
-    The stages are baseline, supernet, search, finetune and merge. The same command again goes on where it was stopped.
+    The stages are baseline, supernet, search, finetune and merge. With a subnet there is no supernet and no search;
+    with --init calibrated they are damage and calibrate. The same command again goes on where it was stopped.
     """
+    from updp.pipeline import Calibration
     from updp.pipeline.prepare import Request, prepare
 
-    stages = stages_until(until, SEARCHED)
+    calibration = Calibration(finetune=True) if init == CALIBRATED else None
+    stages = stages_until(until, STAGES if init else SEARCHED)
     watch = ConsoleWatch(out)
     changes = tuple(settings or ())
-    request = Request(spec, data, out_dir, prune, recipe, weights, subnet, changes, seed, threads, device, precision)
+    request = Request(
+        spec, data, out_dir, prune, recipe, weights, subnet, changes, seed, threads, device, precision, calibration,
+        None if init is None or calibration else Path(init),
+    )  # fmt: skip
     directory = prepare(request, watch)
     do(directory, stages, watch)
 

@@ -34,6 +34,7 @@ def show_header(run: RunDirectory) -> None:
     parts = [record.device, f"{record.threads} threads", f"seed {record.seed}"]
     parts += ["bf16"] if record.precision == "bf16" else []
     parts += [f"given {given}"] if given else []
+    parts += [f"from the calibration in {record.init['directory']}"] if record.init else []
     line(out, " · ".join([*parts, str(run.path)]), style="dim")
     if record.settings:
         line(out, "set " + " ".join(record.settings), style="dim")

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from updp.artefact import load_state, load_tensors, save_tensors
-from updp.data import Data, data_config, loader, open_data
+from updp.data import Data, ImageSet, data_config, loader, open_data
 from updp.errors import InputError
 from updp.oracle import Score, evaluate
 from updp.pipeline.directory import RunDirectory
@@ -121,12 +121,15 @@ class Context:
 
     # --- work ---
 
-    def fit(self, stage: str, network: nn.Module, policy: Policy, evaluate: Evaluate | None = None) -> FitResult:
-        """Train a network in place, as the schedule of the stage says."""
+    def fit(
+        self, stage: str, network: nn.Module, policy: Policy, evaluate: Evaluate | None = None,
+        images: ImageSet | None = None,
+    ) -> FitResult:  # fmt: skip
+        """Train a network in place, as the stage's schedule says; on the training images, if no others are given."""
         settings: TrainSettings = getattr(self.spec.schedule, stage)
         seed = derive_seed(self.seed, stage)
-        images = self.data.train(settings, seed=self.seed, held_out=self.spec.schedule.held_out)
-        batches = loader(images, settings.batch_size, train=True, seed=seed, workers=workers_for(self.spec))
+        chosen = images or self.data.train(settings, seed=self.seed, held_out=self.spec.schedule.held_out)
+        batches = loader(chosen, settings.batch_size, train=True, seed=seed, workers=workers_for(self.spec))
         return fit(
             network, batches, settings, policy, accelerator=self.accelerator, seed=seed, evaluate=evaluate,
             progress=self.watch,

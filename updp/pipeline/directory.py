@@ -32,6 +32,7 @@ class Calibration:
     Attributes:
         images: how many to use; a fifth of them only judge the damage.
         macs, latency: at most these parts of the baseline's.
+        candidates: how many sets of blocks are compared as true networks.
         judge: the data on whose labels accuracies are told; None where there are no labels.
         finetune: whether training follows.
     """
@@ -39,6 +40,7 @@ class Calibration:
     images: int = 1000
     macs: float | None = None
     latency: float | None = None
+    candidates: int = 8
     judge: str | None = None
     finetune: bool = False
 
@@ -127,10 +129,16 @@ class RunDirectory:
     spec: ArchSpec
 
     @classmethod
-    def create(cls, path: Path, record: RunRecord, spec: ArchSpec, subnet: SubnetConfig | None) -> RunDirectory:
+    def create(
+        cls, path: Path, record: RunRecord, spec: ArchSpec, subnet: SubnetConfig | None, pruned: Path | None = None
+    ) -> RunDirectory:
         """Make a run directory in one step: made beside its place, then renamed.
 
         An empty directory that is there stays, as someone may be in it; it gets its files, ``run.json`` last.
+
+        Args:
+            subnet: a given one.
+            pruned: weights of the pruned network to start from, which are copied.
 
         Raises:
             InputError: it cannot be written.
@@ -144,6 +152,9 @@ class RunDirectory:
             staging = Path(tempfile.mkdtemp(dir=parent, prefix=f".{place.name}."))
             os.chmod(staging, 0o755)
             _write(staging, record, spec, subnet)
+            if pruned is not None:
+                (staging / "calibrate").mkdir()
+                shutil.copyfile(pruned, staging / "calibrate" / pruned.name)
             _fill(place, staging) if there else os.rename(staging, place)
         except BaseException as error:
             if staging is not None:

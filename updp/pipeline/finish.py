@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,14 +17,13 @@ from updp.artefact import save_network, source_path
 from updp.certificate import Certificate, certify, merge
 from updp.errors import CertificateError
 from updp.exporting import export_network
-from updp.measure import LatencyTable, Timing, environment, measure
+from updp.measure import LatencyTable, compare, environment
 from updp.oracle import Count, count
 from updp.pipeline.context import Context
 from updp.structure import BoundBlock, evaluating, get_block
 from updp.supernet import KEEP, Supernet
 
 _NETWORK_SECONDS, _BLOCK_SECONDS = 6.0, 0.3  # spent on timing, roughly
-_ROUNDS = (15, 200)
 
 
 def finish(context: Context) -> dict[str, Any]:
@@ -109,7 +108,7 @@ def latencies(context: Context, merged: nn.Module) -> dict[str, Any]:
         evaluating(baseline, merged),
         _old_objects_aside(),
     ):
-        rows = _compare({"baseline": lambda: baseline(x), "merged": lambda: merged(x)}, device, _NETWORK_SECONDS)
+        rows = compare({"baseline": lambda: baseline(x), "merged": lambda: merged(x)}, _NETWORK_SECONDS, device)
         blocks = []
         for done, (name, bound) in enumerate(supernet.bound.items(), 1):
             advance(done)
@@ -140,18 +139,6 @@ def _block_rows(
     if choice != KEEP:
         after = get_block(merged, bound.name)
         functions["after"] = lambda: after(x)
-    rows = _compare(functions, device, _BLOCK_SECONDS)
+    rows = compare(functions, _BLOCK_SECONDS, device)
     same = rows["before"].to_dict()
     return {"before": same, "after": rows["after"].to_dict() if "after" in rows else {**same, "name": "after"}}
-
-
-def _compare(functions: Mapping[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, Timing]:
-    """Time functions in turns, for about so many seconds."""
-    with torch.inference_mode():
-        for function in functions.values():
-            function()
-        start = time.perf_counter()
-        for function in functions.values():
-            function()
-        once = time.perf_counter() - start
-    return measure(functions, rounds=min(max(round(seconds / once), _ROUNDS[0]), _ROUNDS[1]), device=device)

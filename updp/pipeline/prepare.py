@@ -21,7 +21,7 @@ from updp.measure import environment
 from updp.packaged import find_weights, known_names
 from updp.pipeline.context import absolute, open_for, open_images
 from updp.pipeline.directory import Calibration, RunDirectory, RunRecord, is_seed
-from updp.pipeline.opening import check_budget, check_enough, choice, with_judge
+from updp.pipeline.opening import candidates, check_enough, check_prunable, init_record, open_init, with_judge
 from updp.pipeline.settings import composed_at_start, resolve, split_settings
 from updp.pipeline.watch import Watch
 from updp.spec import STAGES as TRAINING
@@ -52,6 +52,7 @@ class Request:
     device: str | None = None
     precision: str | None = None
     calibration: Calibration | None = None
+    init: Path | None = None
 
 
 @dataclass
@@ -88,8 +89,10 @@ def prepare(request: Request, watch: Watch | None = None) -> RunDirectory:
     with found.part():
         settings = [*request.settings, *([] if request.seed is None else [f"seed={request.seed}"])]
         spec = resolve(load_spec(request.spec), settings)
-        if request.calibration is not None:
+        if request.calibration or request.init or (existing and existing.record.init):
             spec = composed_at_start(spec)
+        init = None if request.init is None else open_init(request.init, spec)
+        request = _with_init(request, init)
     found.check()
     processes, device, precision = _start(request, existing)
     record, subnet = _examine(request, spec, settings, (device, precision), found)
@@ -99,9 +102,25 @@ def prepare(request: Request, watch: Watch | None = None) -> RunDirectory:
         check_spec(spec)
     processes.wait_for_everyone()  # all have looked whether there is a run before one makes it
     if processes.is_main_process:
-        RunDirectory.create(request.out, record, spec, subnet)
+        pruned = None if init is None else init.file("calibrate", "weights.safetensors")
+        RunDirectory.create(request.out, record, spec, subnet, pruned)
     processes.wait_for_everyone()
     return RunDirectory.open(request.out)
+
+
+def _with_init(request: Request, init: RunDirectory | None) -> Request:
+    """The request with the baseline's weights and the subnet of the calibration that it starts from.
+
+    Raises:
+        InputError: it has others of its own.
+    """
+    if init is None:
+        return request
+    for name in ("weights", "subnet", "recipe"):
+        if getattr(request, name) is not None:
+            raise InputError(f"--{name}: has no meaning with --init {init.path}, which brings its own")
+    weights, subnet = init.file("baseline", "weights.safetensors"), init.file("calibrate", "subnet.json")
+    return replace(request, weights=weights, subnet=subnet)
 
 
 def _existing(out: Path) -> RunDirectory | None:
@@ -125,7 +144,7 @@ def _completed(request: Request, existing: RunDirectory) -> Request:
     changes: dict[str, Any] = {}
     if record.calibration is not None:
         changes = _completed_calibration(request, record)
-    elif request.subnet is None:
+    elif request.subnet is None and request.init is None:
         changes = {"prune": request.prune or record.prune, "recipe": request.recipe or record.recipe}
         if record.subnet is not None and request.recipe is None and request.prune in (None, record.prune):
             changes["subnet"] = existing.file("search", "subnet.json")
@@ -153,6 +172,8 @@ def _taken_up(existing: RunDirectory, record: RunRecord, request: Request, watch
     """A run that exists, if the request is the same; of a calibration another choice of blocks may be asked for."""
     if request.weights is None:
         record = replace(record, weights=existing.record.weights)
+    if request.init is None:
+        record = replace(record, init=existing.record.init)
     other = existing.record
     if other.calibration is not None and record.calibration is not None:
         wanted = replace(other.calibration, macs=record.calibration.macs, latency=record.calibration.latency)
@@ -160,7 +181,7 @@ def _taken_up(existing: RunDirectory, record: RunRecord, request: Request, watch
     _check_same(replace(existing, record=other), record)
     if other.differences(existing.record):
         if existing.result("damage") is not None:
-            choice(replace(existing, record=other))
+            candidates(replace(existing, record=other), 1)
         watch.on_note("another choice of blocks: what was measured is kept, the rest of the run begins anew")
         return existing.renewed(other)
     return existing
@@ -208,6 +229,8 @@ def _examine(
     data: Data | None = None
     model = subnet = None
     calibration = request.calibration
+    if calibration is not None and request.subnet is not None:
+        raise InputError("--subnet: has no meaning where blocks are calibrated, which chooses them itself")
     unlabelled = calibration is not None and not calibration.finetune
     plain_model = create_model(spec)
     with found.part():
@@ -234,7 +257,7 @@ def _examine(
         seed=spec.schedule.seed, threads=torch.get_num_threads(), device=where[0],
         precision=where[1], weights=weights,
         subnet=None if subnet is None else dict(subnet.choices), blocks=tuple(_blocks(supernet)),
-        environment=environment(where[0]), calibration=calibration,
+        environment=environment(where[0]), calibration=calibration, init=init_record(request.init),
     )  # fmt: skip
     return record, subnet
 
@@ -299,9 +322,17 @@ def model_with_weights(spec: ArchSpec, weights: str | Path, data: Data | None) -
     if classes not in (None, _num_classes(model)):
         model = create_model(spec, num_classes=classes)
     load_state(model, tensors, file)
+    _check_finite(tensors, file)
     if data is not None:
         data.check_classes(_num_classes(model))
     return model
+
+
+def _check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
+    wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+        raise InputError(f"{file}: {wrong[0]}{more}: has values that are not finite (NaN or infinity)")
 
 
 def _classes_in(tensors: Mapping[str, Tensor], model: nn.Module) -> int | None:
@@ -318,6 +349,8 @@ def _num_classes(model: nn.Module) -> int:
 def _check_choice(request: Request, supernet: Supernet) -> tuple[SubnetConfig | None, int | None]:
     """The given subnet, and how many blocks are pruned, where that is said."""
     available = supernet.available
+    if request.calibration is not None:
+        return None, check_prunable(request.prune, request.recipe, request.calibration, supernet)
     if request.subnet is not None:
         subnet = read_subnet(request.subnet, supernet)
         if request.recipe is not None:
@@ -330,8 +363,7 @@ def _check_choice(request: Request, supernet: Supernet) -> tuple[SubnetConfig | 
     for name in available:
         supernet.default_choice(name, request.recipe)
     if request.prune is None:
-        check_budget(request.calibration)
-        return None, None
+        raise InputError("--prune: say how many blocks to prune, or give a --subnet")
     if not 1 <= request.prune <= len(available):
         blocks = f"{supernet.spec.name} has {len(available)} prunable blocks"
         raise InputError(f"--prune: got {request.prune}, allowed: 1 to {len(available)} ({blocks})")

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from updp.files import write_text
-from updp.report import charts, figures, network, views
+from updp.report import calibration, charts, figures, network, views
 from updp.report.read import Run, read_run
 
 _HERE = Path(__file__).parent
@@ -39,5 +39,5 @@ def render(run: Run) -> str:
     )
     style = Markup((_HERE / "page.css").read_text(encoding="utf-8"))  # our own file: not to be escaped
     return engine.get_template("page.html.jinja").render(
-        style=style, run=run, charts=charts, figures=figures, network=network, views=views
+        style=style, run=run, charts=charts, figures=figures, network=network, views=views, calibration=calibration
     )

@@ -208,17 +208,21 @@ def row_chart(
     rows: Iterable[tuple[str, str, str, Sequence[Measured]]],
     *,
     bars: bool,
+    log: bool = False,
 ) -> RowChart | None:
-    """Lay out (label, note, value text, values) rows over one axis; None if there is nothing to draw."""
+    """Lay out (label, note, value text, values) rows over one axis; None if there is nothing to draw.
+
+    On a logarithmic axis what is not above 0 is drawn at its left end.
+    """
     rows = [row for row in rows if row[3]]
     values = [v for *_, marks in rows for m in marks for v in (m.value, m.low, m.high) if v is not None]
     if not values:
         return None
-    ticks = nice_ticks(0.0 if bars else min(values), max(values), count=4)
-    low, high = ticks[0], ticks[-1]
+    ticks = _decades(values) if log else nice_ticks(0.0 if bars else min(values), max(values), count=4)
+    low, high = _place(ticks[0], log), _place(ticks[-1], log)
 
     def percent(value: float | None) -> float | None:
-        return None if value is None else max(0.0, 100 * (value - low) / (high - low))
+        return None if value is None else max(0.0, 100 * (_place(max(value, ticks[0]), log) - low) / (high - low))
 
     def mark(m: Measured) -> Mark:
         spread = "" if m.low is None or m.high is None else f" (quartiles {m.low:.4g} to {m.high:.4g})"
@@ -230,10 +234,23 @@ def row_chart(
         drawn = [mark(m) for m in marks]
         return Row(label, note, value, f"{label}, {axis}: " + ", ".join(m.title for m in drawn), drawn)
 
+    labels = [f"{tick:g}" for tick in ticks] if log else tick_labels(ticks)
     return RowChart(
         title=title,
         axis=axis,
-        ticks=[Tick(percent(t) or 0.0, label) for t, label in zip(ticks, tick_labels(ticks), strict=True)],
+        ticks=[Tick(percent(t) or 0.0, label) for t, label in zip(ticks, labels, strict=True)],
         rows=[row(*item) for item in rows],
         bars=bars,
     )
+
+
+def _decades(values: Sequence[float]) -> list[float]:
+    """Powers of ten that enclose what is above 0, at most nine of them: what is smaller still lies at the end."""
+    positive = [value for value in values if value > 0] or [1.0]
+    last = math.ceil(math.log10(max(positive)) - 1e-9)
+    first = max(math.floor(math.log10(min(positive)) + 1e-9), last - 8)
+    return [10.0**power for power in range(min(first, last - 1), last + 1)]
+
+
+def _place(value: float, log: bool) -> float:
+    return math.log10(value) if log else value

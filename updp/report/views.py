@@ -3,8 +3,8 @@
 Keys that the page reads; all may be missing:
 
 - ``run.json``: ``spec, spec_hash, data, num_classes, prune, recipe, settings [text], seed, threads, device``,
-  ``precision, weights {file}, subnet, environment {name: value}`` and, in order of execution,
-  ``blocks [{name, structure, recipes [text]}]``.
+  ``precision, weights {file}, subnet, calibration {images, macs, latency, judge, finetune}, init {directory}``,
+  ``environment {name: value}`` and, in order of execution, ``blocks [{name, structure, recipes [text]}]``.
 - ``baseline/result.json``: ``top1, seconds, history [{epoch, train_loss, top1}]``.
 - ``supernet/result.json``: ``top1_keep, top1_pruned, seconds, history [{epoch, loss_keep, loss_random, loss_pruned}]``.
 - ``search/result.json``: ``best {top1}, candidates_scored, block_evaluations {shared, unshared}, unshared_because``,
@@ -44,6 +44,7 @@ class Tile:
     after: str
     change: str
     exact: str
+    note: str = "baseline so far"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def tiles(run: Run) -> list[Tile]:
         _tile("Parameters", before.number("params"), after.number("params"), words.quantity, words.relative),
         _tile("Latency, median", slow, fast, words.milliseconds, words.speedup),
     )
-    return [tile for tile in figures if tile is not None]
+    damage = run.stage("calibrate").number("damage")
+    lost = Tile("Damage of the answers", words.nats(damage), "", "", f"{damage} nats", "nats on unseen images")
+    return [*([] if damage is None else [lost]), *(tile for tile in figures if tile is not None)]
 
 
 def _tile(
@@ -126,8 +129,8 @@ def stage_rows(run: Run) -> list[StageRow]:
             "baseline": _outcome(("top-1", result.number("top1"))),
             "supernet": _outcome(("kept", result.number("top1_keep")), ("pruned", result.number("top1_pruned"))),
             "search": _outcome(("best", result.record("best").number("top1"))),
-            "damage": "",
-            "calibrate": "",
+            "damage": f"{len(result.records('rows'))} pairs of block and recipe",
+            "calibrate": f"damage {words.nats(result.number('damage'), unit=True)}",
             "finetune": _outcome(("top-1", result.number("top1"))),
             "merge": _outcome(("top-1", result.number("top1"))),
         }[name]
@@ -208,12 +211,15 @@ def settings(run: Run) -> list[tuple[str, str]]:
     """How the run was started."""
     pairs = [(name.replace("_", " "), words.plain(run.about.data.get(name))) for name in _SETTINGS]
     given = [(f"given {name}", words.plain(value)) for name, value in _given(run).items()]
+    budget = {name: value for name, value in run.about.record("calibration").data.items() if value is not None}
+    given += [(f"calibration {name}", words.plain(value)) for name, value in budget.items() if name != "finetune"]
     return [*pairs, *given, ("settings changed", ", ".join(run.about.texts("settings")) or "none")]
 
 
 def _given(run: Run) -> dict[str, str]:
     """What the user brought along."""
     given = {"weights": run.about.record("weights").text("file")}
+    given["calibration"] = run.about.record("init").text("directory")
     given["subnet"] = "yes" if run.about.record("subnet") else None
     return {name: value for name, value in given.items() if value is not None}
 

@@ -23,6 +23,25 @@ def percent(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.2f} %"
 
 
+def nats(value: float | None, *, unit: bool = False) -> str:
+    """A divergence of answers: ``0.042``, with its unit ``0.042 nats``."""
+    return NOTHING if value is None else f"{decimal(value)}{' nats' if unit else ''}"
+
+
+def decimal(value: float | None) -> str:
+    """A number with about three digits: ``5.6e-4``, ``0.0421``, ``4.88``, ``131``."""
+    if value is None:
+        return NOTHING
+    if 0 < abs(value) < 1e-3:
+        return scientific(value)
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def whole(value: float | None) -> str:
+    """A count in full: ``51,200``."""
+    return NOTHING if value is None else f"{value:,.0f}"
+
+
 def milliseconds(value: float | None) -> str:
     """A latency with three digits."""
     if value is None:
