@@ -101,7 +101,7 @@ class Study:
     def __init__(self, asked: argparse.Namespace) -> None:
         self.asked = asked
         spec = resolve(load_spec(asked.spec), asked.settings)
-        self.spec = composed_at_start(spec)
+        self.spec = composed_at_start(spec, append=False)
         self.judged_spec = resolve(spec, asked.judge_settings)
         self.weights = find_weights(asked.weights, spec.model.name)
         self.work = asked.work or Path("runs") / f"study-{spec.name}"

@@ -11,10 +11,25 @@ from torch import Tensor, nn
 from training import CLASSES, settings, small_data, small_net, subnet, train
 
 from updp.errors import InputError
-from updp.structure import evaluating
-from updp.supernet import Supernet
+from updp.spec import load_spec
+from updp.structure import create_model, evaluating
+from updp.supernet import Supernet, build_supernet
 from updp.train import Distillation
 from updp.train.features import Features
+
+
+def test_what_a_block_gives_is_caught_also_of_a_slice() -> None:
+    spec = load_spec("vgg11_bn")
+    model = create_model(spec).eval()
+    supernet = build_supernet(spec, copy.deepcopy(model)).eval()
+    blocks = list(supernet.bound)
+    assert all("[" in name for name in blocks)
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad(), Features(model, blocks) as plain, Features(supernet, blocks) as ours:
+        model(x), supernet(x)
+        first, second = plain.take(), ours.take()
+    assert len(first) == len(blocks) + 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -26,7 +41,7 @@ def test_features_are_what_the_classifiers_are_given(name: str, width: int) -> N
     x = torch.rand(2, 3, 224, 224)
     with torch.no_grad(), Features(network) as features:
         network(x)
-        caught = features.take()
+        (caught,) = features.take()
         assert caught.shape == (2, width)
         heads = network.get_classifier()
         if isinstance(heads, nn.Linear):
@@ -37,7 +52,7 @@ def test_a_network_of_ones_own_has_its_last_linear_layer_for_a_classifier() -> N
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2))
     with Features(network) as features:
         network(torch.rand(3, 3, 2, 2))
-        assert features.take().shape == (3, 5)
+        assert features.take()[0].shape == (3, 5)
     with pytest.raises(InputError, match="has no classifier"):
         Features(nn.Conv2d(3, 3, 1))
 
@@ -45,8 +60,8 @@ def test_a_network_of_ones_own_has_its_last_linear_layer_for_a_classifier() -> N
 def error_of(network: nn.Module, teacher: nn.Module, x: Tensor) -> float:
     with torch.no_grad(), evaluating(network, teacher), Features(network) as mine, Features(teacher) as theirs:
         network(x), teacher(x)
-        wanted = theirs.take()
-        return float((mine.take() - wanted).square().mean() / wanted.var())
+        wanted = theirs.take()[0]
+        return float((mine.take()[0] - wanted).square().mean() / wanted.var())
 
 
 def pruned_net() -> tuple[Supernet, nn.Module]:
@@ -63,15 +78,17 @@ def pruned_net() -> tuple[Supernet, nn.Module]:
     return network.eval(), teacher.eval()
 
 
-def test_distillation_brings_features_back_without_labels_and_leaves_norms_and_teacher_alone() -> None:
+@pytest.mark.parametrize("with_blocks", [False, True])
+def test_distillation_brings_features_back_and_leaves_norms_and_teacher_alone(with_blocks: bool) -> None:
     network, teacher = pruned_net()
     before = copy.deepcopy(teacher.state_dict())
     norms = {name: value.clone() for name, value in network.state_dict().items() if "running_" in name}
     x, _ = small_data()
     start = error_of(network, teacher, x)
-    result = train(network, settings(12, lr=2e-3, weight_decay=0.0), Distillation(teacher))
+    policy = Distillation(teacher, list(network.bound) if with_blocks else ())
+    result = train(network, settings(12, lr=2e-3, weight_decay=0.0), policy)
     assert error_of(network, teacher, x) < 0.7 * start
-    assert result.history[-1]["feature_error"] < result.history[0]["feature_error"]
+    assert result.history[-1]["loss_features"] < result.history[0]["loss_features"]
     after = network.state_dict()
     assert norms and all(torch.equal(after[name], value) for name, value in norms.items())
     assert all(torch.equal(teacher.state_dict()[name], value) for name, value in before.items())

@@ -14,12 +14,13 @@ from updp.calibrate import divergence
 from updp.data import ImageSet
 from updp.pipeline.context import Context
 from updp.structure import evaluating
+from updp.supernet import Supernet
 from updp.train import Distillation
 from updp.train.features import Features
 
 
 def distill(
-    context: Context, network: nn.Module, images: ImageSet, judge: Callable[[], Iterable[Tensor]]
+    context: Context, network: Supernet, images: ImageSet, judge: Callable[[], Iterable[Tensor]]
 ) -> dict[str, Any] | None:
     """Train a pruned network on its baseline's features; what is no better on the judging images is not taken.
 
@@ -35,7 +36,7 @@ def distill(
         return None
     teacher = context.baseline_model().to(context.accelerator.device)
     before, solved = distance(teacher, network, judge), copy.deepcopy(network.state_dict())
-    history = context.fit("distill", network, Distillation(teacher), images=images).history
+    history = context.fit("distill", network, Distillation(teacher, list(network.bound)), images=images).history
     after = distance(teacher, network, judge)
     taken = after["features"] < before["features"]
     if not taken:
@@ -58,7 +59,7 @@ def distance(teacher: nn.Module, network: nn.Module, images: Callable[[], Iterab
     with evaluating(teacher, network):
         for model in (teacher, network):
             with Features(model) as caught:
-                seen = [(model(batch).double().log_softmax(-1), caught.take().double()) for batch in images()]
+                seen = [(model(batch).double().log_softmax(-1), caught.take()[0].double()) for batch in images()]
             answers.append([answer for answer, _ in seen])
             features.append(torch.cat([feature for _, feature in seen]))
     error = (features[1] - features[0]).square().mean() / features[0].var(unbiased=False)

@@ -76,10 +76,19 @@ def rewrite(spec: ArchSpec, changes: Mapping[str, Any]) -> ArchSpec:
     return replace(changed, schedule=spec.schedule)
 
 
-def composed_at_start(spec: ArchSpec) -> ArchSpec:
-    """The spec with operators that are composed before anything is trained, so that they can be solved for."""
-    recipes = [name for name, recipe in spec.recipes.items() if recipe.kind == "prune"]
-    return rewrite(spec, {f"recipes.{name}.compose": "start" for name in recipes})
+def composed_at_start(spec: ArchSpec, *, append: bool = True) -> ArchSpec:
+    """The spec with operators that are composed before anything is trained, so that they can be solved for.
+
+    Args:
+        append: whether recipes append what they say. An appended activation is of use only once it has been trained;
+            before, it would only have to be kept out of the way.
+    """
+    changes: dict[str, Any] = {}
+    for name in (name for name, recipe in spec.recipes.items() if recipe.kind == "prune"):
+        changes[f"recipes.{name}.compose"] = "start"
+        if not append:
+            changes[f"recipes.{name}.append"] = []
+    return rewrite(spec, changes)
 
 
 def _put(document: dict[str, Any], path: Sequence[str], value: Any, setting: str) -> None:

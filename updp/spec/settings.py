@@ -57,9 +57,9 @@ class SearchSettings:
 
 
 DISTILL = TrainSettings(
-    epochs=4, batch_size=32, lr=3e-4, weight_decay=0.0, warmup_epochs=0.5, min_lr=1e-6, hflip=0.5, scale=(0.3, 1.0)
+    epochs=4, batch_size=32, lr=3e-4, weight_decay=0.0, warmup_epochs=0.5, min_lr=1e-6, hflip=0.5, scale=(0.7, 1.0)
 )
-"""Few steps at a small rate, on crops: there are some hundreds of images, and what is learnt must hold for others."""
+"""Few steps at a small rate: there are some hundreds of images, and what is learnt must hold for others."""
 
 
 @dataclass(frozen=True)
