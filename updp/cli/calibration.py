@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import typer
 
@@ -31,6 +31,14 @@ def parse_budget(text: str | None) -> dict[str, float]:
     return budget
 
 
+Candidates: TypeAlias = Annotated[
+    int, typer.Option(metavar="N", min=1, help="Sets of blocks to compare; 1: the table alone decides.")
+]
+Judge: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="D", help="Data with labels, only to tell accuracies of.")
+]
+
+
 @guarded(again=CONTINUE)
 def calibrate(
     spec: Spec,
@@ -45,12 +53,8 @@ def calibrate(
     ] = None,
     recipe: Annotated[str | None, typer.Option(metavar="R", help="Only this recipe; all if left out.")] = None,
     images: Annotated[int, typer.Option(metavar="N", min=10, help="Images to use; a fifth judges.")] = 1000,
-    candidates: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Sets of blocks to compare; 1: the table alone decides.")
-    ] = 8,
-    judge: Annotated[
-        str | None, typer.Option(metavar="D", help="Data with labels, only to tell accuracies of.")
-    ] = None,
+    candidates: Candidates = 8,
+    judge: Judge = None,
     settings: Settings = None,
     until: Annotated[
         str, typer.Option(metavar="STAGE", help="Stop after this stage: baseline, damage, calibrate, merge.")
