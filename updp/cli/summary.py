@@ -68,11 +68,18 @@ def _networks(run: RunDirectory, done: Mapping[str, Any], merged: Mapping[str, A
     """Baseline, pruned and merged network, side by side."""
     before, after = merged["before"], merged["after"]
     latency = {row["name"]: row for row in merged["latency"]["rows"]}
-    shown = table("", ">top-1", ">depth", ">MACs", ">params", ">latency, batch 1", ">spread")
     baseline = (done.get("baseline") or {}).get("top1")
-    shown.add_row("baseline", percent(baseline), *_cost(before), *_time(latency["baseline"]))
-    shown.add_row("pruned", percent(merged["top1_unmerged"]), "", "", "", "", "")
-    shown.add_row("merged", percent(merged["top1"]), *_cost(after), *_time(latency["merged"]), style="bold")
+    damage = (done.get("calibrate") or {}).get("damage")
+    unlabelled = merged["top1"] is None and damage is not None
+    worth = [percent(top1) for top1 in (baseline, merged["top1_unmerged"], merged["top1"])]
+    if unlabelled:
+        worth = ["", "", f"{damage:.3f} nats"]
+    title = ">damage, no labels" if unlabelled else ">top-1"
+    shown = table("", title, ">depth", ">MACs", ">params", ">latency, batch 1", ">spread")
+    shown.add_row("baseline", worth[0], *_cost(before), *_time(latency["baseline"]))
+    if not unlabelled:
+        shown.add_row("pruned", worth[1], "", "", "", "", "")
+    shown.add_row("merged", worth[2], *_cost(after), *_time(latency["merged"]), style="bold")
     gain = latency["baseline"]["median_ms"] / latency["merged"]["median_ms"]
     lost = None if baseline is None or merged["top1"] is None else f"{merged['top1'] - baseline:+.2f}"
     ratios = [f"x{after[key] / before[key]:.2f}" for key in ("macs", "params")]
@@ -96,6 +103,8 @@ def _verdicts(merged: Mapping[str, Any]) -> list[Text]:
     where = merged["latency"]["environment"]
     machine = f"{where['cpu']}, {where['device']}, {where['threads']} threads, torch {where['torch']}"
     proof = f"worst of {len(certificate['ops'])} merged operators {worst}, logits {logits}"
+    if not certificate["ops"]:
+        proof = f"each pruned block was one operator already, logits {logits}"
     return [
         Text.assemble(holds, f": {proof} (allowed 1e-9); in float32 {float32}"),
         Text(f"measured in turns, spread as quartiles: {machine}", "dim"),
@@ -116,5 +125,6 @@ def _show_products(run: RunDirectory, merged: Mapping[str, Any]) -> None:
         shown.add_row(str(run.path / "report.html"), Text("all of this, with pictures", "dim"))
     out.print(shown)
     network = run.path / "merge" / "merged.safetensors"
-    line(out, "\nNext: ", f"{program()} verify {network}", rest="bold")
+    judge = "verify {}" if merged["top1"] is not None else "eval {} --data LABELLED"
+    line(out, "\nNext: ", f"{program()} {judge.format(network)}", rest="bold")
     line(out, "In Python: ", f'network = updp.load("{network}")', rest="bold")

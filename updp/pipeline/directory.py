@@ -182,7 +182,7 @@ class RunDirectory:
         """The same calibration with other blocks chosen: only what was made of the present choice goes."""
         self.begin("calibrate")
         write_json(self.path / "run.json", dataclasses.asdict(record))
-        return dataclasses.replace(self, record=record)
+        return RunDirectory.open(self.path)
 
     def file(self, stage: str, name: str) -> Path:
         return self.path / stage / name

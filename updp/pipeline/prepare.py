@@ -89,8 +89,9 @@ def prepare(request: Request, watch: Watch | None = None) -> RunDirectory:
     with found.part():
         settings = [*request.settings, *([] if request.seed is None else [f"seed={request.seed}"])]
         spec = resolve(load_spec(request.spec), settings)
-        if request.calibration or request.init or (existing and existing.record.init):
-            spec = composed_at_start(spec)
+        calibration = request.calibration or (existing and existing.record.calibration)
+        if calibration or request.init or (existing and existing.record.init):
+            spec = composed_at_start(spec, append=bool(calibration and calibration.finetune))
         init = None if request.init is None else open_init(request.init, spec)
         request = _with_init(request, init)
     found.check()
@@ -174,10 +175,7 @@ def _taken_up(existing: RunDirectory, record: RunRecord, request: Request, watch
         record = replace(record, weights=existing.record.weights)
     if request.init is None:
         record = replace(record, init=existing.record.init)
-    other = existing.record
-    if other.calibration is not None and record.calibration is not None:
-        wanted = replace(other.calibration, macs=record.calibration.macs, latency=record.calibration.latency)
-        other = replace(other, prune=record.prune, calibration=wanted)
+    other = _with_choice_of(existing.record, record)
     _check_same(replace(existing, record=other), record)
     if other.differences(existing.record):
         if existing.result("damage") is not None:
@@ -185,6 +183,20 @@ def _taken_up(existing: RunDirectory, record: RunRecord, request: Request, watch
         watch.on_note("another choice of blocks: what was measured is kept, the rest of the run begins anew")
         return existing.renewed(other)
     return existing
+
+
+def _with_choice_of(record: RunRecord, wanted: RunRecord) -> RunRecord:
+    """A calibration's record with all of another that changes nothing that was measured of single blocks."""
+    own, other = record.calibration, wanted.calibration
+    if own is None or other is None:
+        return record
+    chosen = replace(own, macs=other.macs, latency=other.latency, candidates=other.candidates)
+    measured = [
+        [setting for setting in each.settings if not setting.strip().startswith("distill.") and not is_seed(setting)]
+        for each in (record, wanted)
+    ]
+    settings = wanted.settings if measured[0] == measured[1] else record.settings
+    return replace(record, prune=wanted.prune, calibration=chosen, settings=settings)
 
 
 def _check_same(existing: RunDirectory, record: RunRecord) -> None:

@@ -121,9 +121,13 @@ def facts(run: Run) -> list[tuple[str, str]]:
         for row in damage.records("rows")
         if chosen.get(row.text("block") or "") == row.text("recipe")
     ]
+    solved = calibrate.number("damage_solved")
+    compared = len(calibrate.records("candidates"))
     pairs = [
         ("damage of all together", words.nats(calibrate.number("damage"), unit=True)),
+        ("before distillation", words.nats(None if solved == calibrate.number("damage") else solved, unit=True)),
         ("sum of what they cost alone", words.nats(sum(alone), unit=True) if alone else words.NOTHING),
+        ("sets of blocks compared", words.whole(compared or None)),
         ("images solved on", words.whole(damage.number("solved_on"))),
         ("images that judge", words.whole(damage.number("judged_on"))),
     ]
