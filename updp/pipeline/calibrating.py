@@ -41,6 +41,7 @@ _BATCH = 50
 FASTER = torch.channels_last
 """On a CPU, convolutions of maps whose channels are last take half the time or less."""
 _SOLVED_ON = 0.8  # of the images; the others only judge
+_KEPT = 1 << 30  # bytes of images that are kept in memory, where they are passed through again and again
 _ROUNDS = 3  # of looking for networks within a budget of measured time
 _COMPARED_ON = 200  # images that candidates are solved on
 
@@ -89,7 +90,8 @@ class Task:
         few = Batches(context, images.first(min(_COMPARED_ON, solved_on)), kept=True)
         augmented = context.data.any_images(calibration.images, context.seed, context.spec.schedule.distill)
         settings = SolveSettings(seed=context.seed)
-        solve = Batches(context, images.first(solved_on))
+        size = 4 * math.prod(context.spec.input) * solved_on
+        solve = Batches(context, images.first(solved_on), kept=size <= _KEPT)
         return cls(calibration, solve, few, judge, augmented.first(solved_on), settings)
 
 
@@ -158,7 +160,9 @@ def calibrate(context: Context) -> dict[str, Any]:
     moved = network_damage(supernet, subnet, task.judge)
     supernet.reduce(subnet)
     supernet.free_baseline()
-    distilled = distill(context, supernet, task.augmented, task.judge)
+    distilled = None  # of a network that is to be trained, training is the better use of the time
+    if not task.calibration.finetune:
+        distilled = distill(context, supernet, task.augmented, task.judge)
     context.save(supernet.to(memory_format=torch.contiguous_format), "calibrate")
     if context.is_main:
         subnet.save(context.run.file("calibrate", "subnet.json"))
