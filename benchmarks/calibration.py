@@ -2,7 +2,7 @@
 
 For each K, ``updp calibrate`` chooses K blocks; then, on these blocks:
 
-- removal: the recipe's activations are removed and what is left is merged; nothing is solved for, nothing appended.
+- removal: the recipe's activations are removed and what is left is merged; nothing is solved for.
 - drop: the residual branch goes, as in layer dropping (Veit et al., 2016): the identity where a block keeps the shape
   of what it is given, else the block's own shortcut; where it has none, a 1x1 convolution of the block's stride, fitted
   by least squares to what the block gives.
@@ -52,7 +52,7 @@ from updp.pipeline.context import Context, open_for
 from updp.pipeline.directory import RunDirectory
 from updp.pipeline.prepare import Request, choose_device, model_with_weights, prepare
 from updp.pipeline.run import run
-from updp.pipeline.settings import composed_at_start, resolve, rewrite
+from updp.pipeline.settings import composed_at_start, resolve
 from updp.spec import ArchSpec, load_spec
 from updp.structure import BoundBlock, bind, evaluating, get_block, set_block
 from updp.subnet import SubnetConfig
@@ -178,22 +178,17 @@ class Study:
         """The baseline."""
         return model_with_weights(self.spec, self.weights, None).eval()
 
-    def merged(self, subnet: SubnetConfig, spec: ArchSpec | None = None) -> nn.Module:
-        """The subnet, merged as it is."""
+    def merged(self, subnet: SubnetConfig) -> nn.Module:
+        """The subnet, merged as it is: nothing solved for."""
         torch.manual_seed(self.asked.seed)
-        return _merged(build_supernet(spec or self.spec, self.model(), resized=True), subnet)
-
-    def without_appended(self) -> ArchSpec:
-        """The spec with recipes that append nothing."""
-        recipes = [name for name, recipe in self.spec.recipes.items() if recipe.kind == "prune"]
-        return rewrite(self.spec, {f"recipes.{name}.append": [] for name in recipes})
+        return _merged(build_supernet(self.spec, self.model(), resized=True), subnet)
 
     def network(self, method: str, subnet: SubnetConfig) -> nn.Module:
         """A network of a method's architecture, with its weights if they were kept: for measuring latencies."""
         if method == "drop":
             network, _ = dropped(self.model(), self.spec, subnet, None)
         else:
-            network = self.merged(subnet, self.without_appended() if method == "removal" else None)
+            network = self.merged(subnet)
         file = self.keep(f"{_name(subnet, method)}.safetensors")
         if file.is_file():
             load_state(network, load_tensors(file)[0], file)
@@ -228,7 +223,7 @@ class Study:
         return _merged(supernet, subnet), {}
 
     def removal(self, context: Context, subnet: SubnetConfig) -> tuple[nn.Module, dict[str, Any]]:
-        return self.merged(subnet, self.without_appended()), {}
+        return self.merged(subnet), {}
 
     def drop(self, context: Context, subnet: SubnetConfig) -> tuple[nn.Module, dict[str, Any]]:
         network, fitted = dropped(self.model(), self.spec, subnet, Task.of(context).images)

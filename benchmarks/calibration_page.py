@@ -110,7 +110,7 @@ def _notes(result: Result) -> list[str]:
         + (f" ({result['damage_seconds']:.0f} s, once)." if "damage_seconds" in result else "."),
         "- *full method*: what `updp calibrate` does. *least squares alone*: the same blocks, solved one behind the "
         "other on the pruned network's inputs, nothing else. *activations removed, nothing solved*: the recipe, merged "
-        "as it is, nothing appended. *block dropped*: without its residual branch.",
+        "as it is. *block dropped*: without its residual branch.",
     ]
     seen = {row["note"] for point in result["points"].values() for row in point["rows"].values() if row.get("note")}
     notes += [f"- ¹ {note}" for note in sorted(seen) if not note.startswith("not possible")]
