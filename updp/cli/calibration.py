@@ -53,7 +53,7 @@ def calibrate(
     ] = None,
     recipe: Annotated[str | None, typer.Option(metavar="R", help="Only this recipe; all if left out.")] = None,
     images: Annotated[int, typer.Option(metavar="N", min=10, help="Images to use; a fifth judges.")] = 1000,
-    candidates: Candidates = 8,
+    candidates: Candidates = 4,
     judge: Judge = None,
     settings: Settings = None,
     until: Annotated[
