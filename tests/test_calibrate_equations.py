@@ -1,7 +1,10 @@
 """The streamed solver against a dense one, and rows against the operators that they are rows of."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from updp.affine import Same
@@ -130,6 +133,53 @@ def _arguments(operator):
     if isinstance(operator, nn.Linear):
         return operator.in_features, operator.out_features
     return operator.in_channels, operator.out_channels, operator.kernel_size, operator.stride, operator.padding
+
+
+def rows_by_hand(operator, x):
+    """What every group of an operator sees at every position of every image: torch's own unfolding, pads by hand."""
+    if isinstance(operator, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
+    pads = operator.pads if isinstance(operator, PaddedConv2d) else None
+    if isinstance(pads, Same):
+        total = [max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[-2:]]  # a 3x3 of stride 2
+        pads = (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
+    height, width = operator.padding
+    top, bottom, left, right = pads or (height, height, width, width)
+    x = F.pad(x, (left, right, top, bottom))
+    seen = F.unfold(x, operator.kernel_size, operator.dilation, 0, operator.stride)  # (N, C * taps, places)
+    return seen.reshape(len(x), operator.groups, -1, seen.shape[-1]).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def outputs_by_hand(operator, y):
+    if isinstance(operator, nn.Linear):
+        return y.reshape(1, -1, y.shape[-1])
+    return y.reshape(len(y), operator.groups, -1, y[0, 0].numel()).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+@pytest.mark.parametrize("deficient", [False, True], ids=["", "rank-deficient"])
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_the_streamed_solution_is_the_dense_one(kind, deficient):
+    """Outputs that no operator gives; `lstsq` on all rows at once; of many solutions the smallest."""
+    operator, shape = OPERATORS[kind]
+    operator = copy.deepcopy(operator).double()
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(24, *shape[1:], generator=generator, **F64)
+    if deficient:  # two channels alike; of a depthwise convolution, one channel that is always the same
+        channels = x.transpose(1, -1) if isinstance(operator, nn.Linear) else x
+        channels[:, 1] = 2.0 if kind == "depthwise" else channels[:, 0]
+    with torch.no_grad():
+        y = operator(x)
+        y = y + torch.randn(y.shape, generator=generator, **F64) + y.square()
+    equations = Equations(*shape_of(operator))
+    for some, wanted in zip(x.split(5), y.split(5), strict=True):
+        equations.add(*sample(operator, some, wanted, 10_000, generator))
+    weight, bias = equations.solve(0.0)
+    rows, outputs = rows_by_hand(operator, x), outputs_by_hand(operator, y)
+    assert equations.count == rows.shape[1] > rows.shape[2] + 1
+    for group in range(len(rows)):
+        expected, shift = dense(rows[group], outputs[group])
+        assert (weight[group] - expected).abs().max() <= 1e-6 * expected.abs().max()
+        assert (bias[group] - shift).abs().max() <= 1e-6 * max(1.0, shift.abs().max())
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from updp.flow import Across, Call, FlowModule, Node, Nodes, Parallel, ToLayout, children, walk
+from updp.flow import Across, Call, FlowModule, Node, Nodes, Parallel, ToLayout, walk
 from updp.kinds import kind_of
 from updp.layers import Layout
 from updp.recipe import PrunedFlow, prune, unchanged
@@ -134,7 +134,7 @@ class _Observer:
     def vanishes(self, node: Node) -> bool:
         if isinstance(node, Call):
             return kind_of(self.flow.part(node.name)).vanishes
-        return isinstance(node, ToLayout) and not children(node)
+        return isinstance(node, ToLayout)
 
     def inside(self, node: Parallel, x: Tensor, layout: Layout, wanted: Value) -> Observed:
         """The branch with the operator must give what the others leave."""
