@@ -271,24 +271,28 @@ class Study:
         return {"macs": found.macs, "params": found.params, "depth": found.depth}
 
     def latencies(self) -> None:
-        """Every network against the baseline, all in turns."""
-        rows: dict[str, tuple[dict[str, Any], nn.Module]] = {}
+        """Every network against the baseline, all in turns; those of one K and one architecture once for all."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        networks: dict[str, nn.Module] = {}
         for k, point in self.result["points"].items():
             subnet = SubnetConfig(self.spec.name, point["choices"])
             for method, row in point["rows"].items():
                 if "top1" in row:
-                    rows[f"{k} {method}"] = (row, self.network(method, subnet))
+                    name = f"{k} {row['macs']} {row['params']} {row['depth']}"
+                    rows.setdefault(name, []).append(row)
+                    if name not in networks:
+                        networks[name] = self.network(method, subnet)
         x = torch.randn(1, *self.spec.input, generator=torch.Generator().manual_seed(0))
-        functions = {name: (lambda network=network: network(x)) for name, (_, network) in rows.items()}
+        functions = {name: (lambda network=network: network(x)) for name, network in networks.items()}
         baseline = self.model()
         functions = {"baseline": lambda: baseline(x)} | functions
         rounds = _rounds(functions, self.asked.seconds)
         times = measure(functions, rounds=rounds, threads=self.asked.threads)
-        for name, (row, _) in rows.items():
+        for name, alike in rows.items():
             ratio = speedup(times[name], times["baseline"])
-            row["latency"] = {
-                "ratio": ratio.ratio, "low": ratio.low, "high": ratio.high, "ms": times[name].median_ms,
-            }  # fmt: skip
+            found = {"ratio": ratio.ratio, "low": ratio.low, "high": ratio.high, "ms": times[name].median_ms}
+            for row in alike:
+                row["latency"] = found
         self.result["baseline"]["latency"] = times["baseline"].to_dict()
         self.result["latency"] = {"environment": environment("cpu", threads=self.asked.threads), "rounds": rounds}
         self.save()

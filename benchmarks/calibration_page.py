@@ -105,7 +105,7 @@ def _notes(result: Result) -> list[str]:
     notes = [
         "- *against the baseline*: points of top-1 ± one standard error of the difference, paired over the images.",
         "- *latency ratio*: of the medians, batch 1, to the baseline in the same run, all networks in turns; quartiles "
-        "of the ratio within a round.",
+        "of the ratio within a round. Networks of one architecture are measured once.",
         "- *seconds*: to make the network, beyond the table of damages that blocks are chosen by"
         + (f" ({result['damage_seconds']:.0f} s, once)." if "damage_seconds" in result else "."),
         "- *full method*: what `updp calibrate` does. *least squares alone*: the same blocks, solved one behind the "

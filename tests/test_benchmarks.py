@@ -68,6 +68,7 @@ def test_the_comparison(study, words, monkeypatch, capsys):
     assert rows["drop"]["depth"] in (10, 11)  # the shortcut of a block between stages is a convolution
     assert len({(row["macs"], row["depth"]) for method, row in rows.items() if method != "drop"}) == 1
     assert all(row["latency"]["low"] <= row["latency"]["high"] for row in rows.values())
+    assert rows["full"]["latency"] == rows["linear"]["latency"] == rows["removal"]["latency"] != rows["drop"]["latency"]
     assert str(Path.cwd()) not in json.dumps(first)
 
     made = []
