@@ -71,6 +71,12 @@ def test_constant_inputs_and_outputs_are_no_trouble():
     assert torch.allclose(x @ weight[0] + bias[0], y)
 
 
+def test_equations_that_are_not_finite_are_refused():
+    x = torch.full((50, 4), torch.nan, **F64)
+    with pytest.raises(ValueError, match="not finite"):
+        streamed(x, torch.ones(50, 2, **F64)).solve(1e-4)
+
+
 def test_memory_does_not_grow_with_samples():
     equations = Equations(1, 30, 10)
     before = equations.bytes

@@ -231,6 +231,7 @@ def _solve_filters(stream: _Stream, turn: int, settings: SolveSettings) -> list[
     generator = torch.Generator().manual_seed(settings.seed)
     for name, x, reference in stream.pairs():
         if (problem := problems.get(name)) is not None:
+            check_finite(name, x, *(value.tensor for value in reference.values()))
             problem.observe(x, reference, settings.fitting(len(x)), settings.positions, generator)
     solved = []
     for name, problem in problems.items():
@@ -239,6 +240,16 @@ def _solve_filters(stream: _Stream, turn: int, settings: SolveSettings) -> list[
         solved.append(Solved(name, problem.pair.filters, samples, unknowns, ridge, before, error))
     _estimate_norms(stream, problems)
     return solved
+
+
+def check_finite(block: str, *values: Tensor) -> None:
+    """Refuse to solve for what is not a number.
+
+    Raises:
+        InputError: one of the values is not.
+    """
+    if not all(torch.isfinite(value).all() for value in values):
+        raise InputError(f"block {block}: the network's values are not finite; check weights and images")
 
 
 @dataclass
@@ -260,8 +271,7 @@ class _Problem:
 
     def add(self, x: Tensor, wanted: Tensor, settings: SolveSettings, generator: torch.Generator) -> None:
         """Take in a batch; its last images are held out."""
-        if not (torch.isfinite(x).all() and torch.isfinite(wanted).all()):
-            raise InputError(f"block {self.block}: the network's values are not finite; check weights and images")
+        check_finite(self.block, x, wanted)
         parts = settings.fitting(len(x))
         for equations, where in ((self.fit, slice(0, parts)), (self.held_out, slice(parts, len(x)))):
             if where.start < where.stop:

@@ -108,7 +108,13 @@ class Equations:
 
 
 def solve_positive(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Solve ``(gram + ridge * mean(diag) * 1) w = cross``; rounding may ask for a larger ridge."""
+    """Solve ``(gram + ridge * mean(diag) * 1) w = cross``; rounding may ask for a larger ridge.
+
+    Raises:
+        ValueError: the equations are not finite.
+    """
+    if not torch.isfinite(gram).all():
+        raise ValueError("equations that are not finite have no solution")
     diagonal = gram.diagonal(dim1=1, dim2=2)
     level = diagonal.mean(1).clamp_min(torch.finfo(torch.float64).tiny)
     while True:
