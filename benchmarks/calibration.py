@@ -86,6 +86,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--allow-module", dest="modules", action="append", default=[], metavar="MODULE")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", help="of distillation: no or bf16")
     parser.add_argument("--seconds", type=float, default=120.0, help="spent on measuring latencies, roughly")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration")
     parser.add_argument(
@@ -202,7 +203,7 @@ class Study:
         request = Request(
             asked.spec, asked.data, self.work / "calibrated", prune=k, recipe=asked.recipe, weights=asked.weights,
             settings=tuple(asked.settings), seed=asked.seed, threads=asked.threads, device="cpu",
-            calibration=Calibration(asked.images),
+            precision=asked.precision, calibration=Calibration(asked.images),
         )  # fmt: skip
         watch = ConsoleWatch(err)
         directory = prepare(request, watch)

@@ -37,6 +37,9 @@ Candidates: TypeAlias = Annotated[
 Judge: TypeAlias = Annotated[
     str | None, typer.Option(metavar="D", help="Data with labels, only to tell accuracies of.")
 ]
+Precision: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="P", help="Of distillation: no (float32), or bf16: faster where the CPU has it.")
+]
 
 
 @guarded(again=CONTINUE)
@@ -53,7 +56,7 @@ def calibrate(
     ] = None,
     recipe: Annotated[str | None, typer.Option(metavar="R", help="Only this recipe; all if left out.")] = None,
     images: Annotated[int, typer.Option(metavar="N", min=10, help="Images to use; a fifth judges.")] = 1000,
-    candidates: Candidates = 4,
+    candidates: Candidates = 8,
     judge: Judge = None,
     settings: Settings = None,
     until: Annotated[
@@ -61,6 +64,7 @@ def calibrate(
     ] = "merge",
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of what is drawn at random.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads.")] = None,
+    precision: Precision = None,
     json: Json = False,
 ) -> None:
     """Prune a pretrained network in minutes: no training, no labels.
@@ -77,7 +81,7 @@ def calibrate(
     asked = Calibration(images, cost.get("macs"), cost.get("latency"), candidates, judge)
     watch = ConsoleWatch(err if json else out)
     request = Request(
-        spec, data, out_dir, prune, recipe, weights, None, tuple(settings or ()), seed, threads, "cpu", None, asked
+        spec, data, out_dir, prune, recipe, weights, None, tuple(settings or ()), seed, threads, "cpu", precision, asked
     )
     directory = prepare(request, watch)
     do(directory, stages, watch, quiet=json)

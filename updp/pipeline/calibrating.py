@@ -43,7 +43,7 @@ FASTER = torch.channels_last
 _SOLVED_ON = 0.8  # of the images; the others only judge
 _KEPT = 1 << 30  # bytes of images that are kept in memory, where they are passed through again and again
 _ROUNDS = 3  # of looking for networks within a budget of measured time
-_COMPARED_ON = 200  # images that candidates are solved on
+_COMPARED_ON = 120  # images that candidates are solved on
 
 
 class Batches:

@@ -40,7 +40,7 @@ class Calibration:
     images: int = 1000
     macs: float | None = None
     latency: float | None = None
-    candidates: int = 4
+    candidates: int = 8
     judge: str | None = None
     finetune: bool = False
 
