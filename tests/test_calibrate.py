@@ -26,6 +26,8 @@ from updp.calibrate import damage as damage_module
 from updp.calibrate.appended import Range, open_appended
 from updp.calibrate.blocks import _Problem
 from updp.calibrate.equations import Equations
+from updp.calibrate.kept import flow_of
+from updp.calibrate.memory import equation_bytes
 from updp.calibrate.observe import Value, key_of, observe, record, reference_of
 from updp.calibrate.rows import shape_of
 from updp.certificate import relative
@@ -396,7 +398,7 @@ def test_equations_of_many_blocks_stay_below_the_stated_memory(monkeypatch):
     monkeypatch.setattr(damage_module, "MEMORY", 8 << 20)
     groups = damage_module.groups(net, pairs)
     assert sorted(pair for group in groups for pair in group) == sorted(pairs)
-    sizes = [[2 * max(damage_module._sizes(net, pair)) for pair in group] for group in groups]
+    sizes = [[equation_bytes(flow_of(net, pair)) for pair in group] for group in groups]
     assert len(groups) > 4
     assert all(sum(size) <= 8 << 20 or len(size) == 1 for size in sizes)
 

@@ -6,8 +6,10 @@ import random
 import pytest
 from networks import spec_of
 
-from updp.calibrate import Damage, DamageTable, choose
-from updp.calibrate.damage import MEMORY, equation_memory, groups, most_unknowns, pairs_in, work
+from updp.calibrate import Damage, DamageTable, SolveSettings, choose
+from updp.calibrate.damage import MEMORY, groups, most_unknowns, pairs_in, peak_memory, work
+from updp.calibrate.kept import flow_of
+from updp.calibrate.memory import equation_bytes
 from updp.errors import InputError
 from updp.pipeline.settings import composed_at_start
 from updp.structure import create_model
@@ -108,9 +110,13 @@ def test_pairs_that_are_solved_together(supernet, monkeypatch):
     found = groups(supernet, pairs)
     assert sorted(pair for group in found for pair in group) == sorted(pairs)
     assert all(len(dict(group)) == len(group) for group in found), "each block once"
-    assert equation_memory(supernet) < MEMORY
-    monkeypatch.setattr("updp.calibrate.damage.MEMORY", equation_memory(supernet) // 4)
+    together = [sum(equation_bytes(flow_of(supernet, pair)) for pair in group) for group in found]
+    assert max(together) < MEMORY
+    peak = peak_memory(supernet, 16, SolveSettings())
+    assert peak > max(together)
+    monkeypatch.setattr("updp.calibrate.damage.MEMORY", max(together) // 4)
     assert len(groups(supernet, pairs)) > len(found)
+    assert peak_memory(supernet, 16, SolveSettings()) < peak
     assert most_unknowns(supernet) > 128
 
 

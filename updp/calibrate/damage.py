@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from updp.calibrate.alternating import pairs_of, shape_of_pair
 from updp.calibrate.blocks import Images, Solved, SolveSettings, solve_blocks
 from updp.calibrate.costs import Costs, Pair, measure_costs
-from updp.calibrate.equations import Equations
 from updp.calibrate.kept import Found, flow_of, load_group, save_group
+from updp.calibrate.memory import equation_bytes, peak_bytes
 from updp.calibrate.rows import shape_of
 from updp.errors import InputError, Place, Problem, suggest
 from updp.files import read_json, write_text
@@ -31,7 +30,6 @@ _TOGETHER = 6  # pairs solved at the same time: more share more passes, but an i
 _UNITS = 100  # of progress, for each pair
 _JUDGING = 25  # of these, about so many are spent on seeing what became of the network's answers
 _PASSES = 2  # that solving takes over the images, at least
-_SCRATCH = 4  # copies of its largest matrix that solving an operator makes
 
 
 @dataclass(frozen=True)
@@ -227,7 +225,7 @@ def groups(supernet: Supernet, pairs: Iterable[Pair]) -> list[list[Pair]]:
     done: list[list[Pair]] = []
     taken = 0
     for block, recipe in sorted(pairs, key=lambda pair: list(supernet.available[pair[0]]).index(pair[1])):
-        size = 2 * max(_sizes(supernet, (block, recipe)), default=0)  # to fit, and held out
+        size = equation_bytes(flow_of(supernet, (block, recipe)))
         full = not done or len(done[-1]) == _TOGETHER or block in dict(done[-1]) or taken + size > MEMORY
         if full:
             done.append([])
@@ -237,21 +235,10 @@ def groups(supernet: Supernet, pairs: Iterable[Pair]) -> list[list[Pair]]:
     return done
 
 
-def equation_memory(supernet: Supernet, recipe: str | None = None) -> int:
-    """Bytes that `measure_damage` takes for equations and for solving them, at most."""
-    peaks = []
-    for group in groups(supernet, pairs_in(supernet, recipe)):
-        sizes = [max(_sizes(supernet, pair), default=0) for pair in group]
-        peaks.append(2 * sum(sizes) + _SCRATCH * max(sizes))
-    return max(peaks)
-
-
-def _sizes(supernet: Supernet, pair: Pair) -> list[int]:
-    """Bytes of the equations of each operator that is solved for."""
-    flow = flow_of(supernet, pair)
-    shapes = [shape_of(flow.part(name)) for name in flow.composed]
-    shapes += [shape_of_pair(flow.named_parts, each) for each in pairs_of(flow)]
-    return [Equations(*shape, torch.device("meta")).bytes for shape in shapes]
+def peak_memory(supernet: Supernet, batch: int, settings: SolveSettings, recipe: str | None = None) -> int:
+    """Bytes that `measure_damage` takes at most, beside the network and the images: see `peak_bytes`."""
+    grouped = groups(supernet, pairs_in(supernet, recipe))
+    return max(peak_bytes(supernet, dict(group), batch, settings) for group in grouped)
 
 
 def most_unknowns(supernet: Supernet, recipe: str | None = None) -> int:

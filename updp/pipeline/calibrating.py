@@ -26,7 +26,7 @@ from updp.calibrate import (
     verify,
 )
 from updp.calibrate.costs import Costs, measure_costs
-from updp.calibrate.damage import Keep, equation_memory, most_unknowns, pairs_in, work
+from updp.calibrate.damage import Keep, most_unknowns, pairs_in, peak_memory, work
 from updp.data import ImageSet, loader
 from updp.errors import InputError
 from updp.files import read_json, sha256
@@ -55,6 +55,12 @@ class Batches:
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / _BATCH)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the images take."""
+        held = _BATCH if self.kept is None else len(self.images)
+        return 4 * math.prod(self.context.spec.input) * held
 
     def __call__(self) -> Iterator[Tensor]:
         if self.kept:
@@ -128,7 +134,9 @@ def _identity(context: Context, task: Task) -> dict[str, Any]:
 def _tell(context: Context, supernet: Supernet, task: Task) -> None:
     """Memory, and whether the images are few."""
     recipe = context.run.record.recipe
-    context.watch.on_note(f"memory: up to {equation_memory(supernet, recipe) / 1e9:.2g} GB for equations")
+    images = task.images.bytes + task.judge.bytes
+    taken = images + peak_memory(supernet, _BATCH, task.settings, recipe)
+    context.watch.on_note(f"memory: up to {taken / 1e9:.2g} GB beside the network")
     samples, unknowns = len(task.images.images) * task.settings.positions, most_unknowns(supernet, recipe)
     if samples < unknowns:
         context.watch.on_note(
