@@ -12,6 +12,7 @@ from torch import nn
 from updp.calibrate import SolveSettings, solve_blocks, solve_subnet
 from updp.calibrate.alternating import pairs_of
 from updp.calibrate.memory import equation_bytes
+from updp.calibrate.norms import norms_of
 from updp.calibrate.observe import observe, record, reference_of
 from updp.certificate import relative
 from updp.frozen import FrozenMap
@@ -72,7 +73,8 @@ def test_operators_are_observed_and_solved_for(name, recipe):
     expected = []
     for block in blocks:
         flow = net.blocks[block].choices[recipe]
-        expected += [(block, pair.filters) for pair in pairs_of(flow)] + [(block, step) for step in flow.composed]
+        steps = [pair.filters for pair in pairs_of(flow)] + [step for turn in (0, 1) for step in norms_of(flow, turn)]
+        expected += [(block, step) for step in (*steps, *flow.composed)]
     assert sorted((each.block, each.operator) for each in solved) == sorted(expected)
     for each in solved:
         assert math.isfinite(each.error)

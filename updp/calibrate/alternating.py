@@ -178,7 +178,7 @@ class PairProblem:
         parts = flow.named_parts
         conv = parts[pair.filters]
         assert isinstance(conv, nn.Conv2d)
-        self.flow, self.pair, self.conv = flow, pair, conv
+        self.flow, self.pair, self.conv, self.name = flow, pair, conv, pair.filters
         shape, device = shape_of_pair(parts, pair), conv.weight.device
         self.fit, self.held_out = Equations(*shape, device), Equations(*shape, device)
 

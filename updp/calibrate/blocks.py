@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from updp.calibrate.alternating import PairProblem, pairs_of
 from updp.calibrate.appended import Range, open_appended
 from updp.calibrate.equations import RIDGES, Equations
+from updp.calibrate.norms import NormProblem, norms_of
 from updp.calibrate.observe import Key, Value, observe, record, reference_of
 from updp.calibrate.rows import as_solution, assign, sample, shape_of
 from updp.errors import InputError
@@ -131,9 +132,12 @@ def solve_blocks(
     with evaluating(supernet), torch.no_grad():
         _estimate_norms(stream, stream.flows)
         solved = []
-        for turn in range(max(len(flow.composed) for flow in stream.flows.values())):
+        turns = max(len(flow.composed) for flow in stream.flows.values())
+        for turn in range(turns):
+            solved += _solve_norms(stream, turn, settings)
             solved += _solve_filters(stream, turn, settings)
             solved += _solve_operators(stream, turn, settings)
+        solved += _solve_norms(stream, turns, settings)
     return solved
 
 
@@ -219,6 +223,17 @@ def _estimate_norms(stream: _Stream, blocks: Collection[str]) -> None:
                     stream.flows[name](x)
 
 
+def _solve_norms(stream: _Stream, turn: int, settings: SolveSettings) -> list[Solved]:
+    """Fit the norms that stand for other steps before the operators whose turn it is, one after the other."""
+    names = {block: norms_of(flow, turn) for block, flow in stream.flows.items()}
+    solved = []
+    for place in range(max(map(len, names.values()))):
+        here = {block: found[place] for block, found in names.items() if place < len(found)}
+        problems = {block: NormProblem(stream.flows[block], name) for block, name in here.items()}
+        solved += _solve_parts(stream, problems, settings)
+    return solved
+
+
 def _solve_filters(stream: _Stream, turn: int, settings: SolveSettings) -> list[Solved]:
     """Solve the depthwise convolutions before the operators whose turn it is, together with those."""
     problems: dict[str, PairProblem] = {}
@@ -226,6 +241,13 @@ def _solve_filters(stream: _Stream, turn: int, settings: SolveSettings) -> list[
         for pair in pairs_of(flow):
             if pair.operator in list(flow.composed)[turn : turn + 1]:
                 problems[name] = PairProblem(flow, pair)
+    return _solve_parts(stream, problems, settings)
+
+
+def _solve_parts(
+    stream: _Stream, problems: Mapping[str, NormProblem | PairProblem], settings: SolveSettings
+) -> list[Solved]:
+    """Solve what stands before an operator, one part of each block; norms behind them see something else then."""
     if not problems:
         return []
     generator = torch.Generator().manual_seed(settings.seed)
@@ -235,9 +257,8 @@ def _solve_filters(stream: _Stream, turn: int, settings: SolveSettings) -> list[
             problem.observe(x, reference, settings.fitting(len(x)), settings.positions, generator)
     solved = []
     for name, problem in problems.items():
-        ridge, before, error = problem.solve()
         samples, unknowns = problem.fit.count + problem.held_out.count, problem.fit.unknowns
-        solved.append(Solved(name, problem.pair.filters, samples, unknowns, ridge, before, error))
+        solved.append(Solved(name, problem.name, samples, unknowns, *problem.solve()))
     _estimate_norms(stream, problems)
     return solved
 
