@@ -223,3 +223,19 @@ def test_positions_are_sampled_without_repetition_and_differ_by_image():
 def test_an_operator_without_bias_is_refused():
     with pytest.raises(ValueError, match="no bias"):
         assign(nn.Linear(2, 2, bias=False), torch.zeros(1, 2, 2), torch.zeros(1, 2))
+
+
+def test_many_solutions_are_those_found_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(40, 12, generator=generator, **F64)
+    prior = torch.randn(12, 5, generator=generator, **F64)[None]
+    equations = streamed(x, torch.randn(40, 5, generator=generator, **F64))
+    ridges = (1e-4, 1e-2, 1.0)
+    found = list(equations.solutions(ridges, prior))
+    assert [(ridge, with_prior) for ridge, with_prior, *_ in found] == [(r, p) for r in ridges for p in (False, True)]
+    error = equations.judge()
+    for ridge, with_prior, weight, bias in found:
+        alone = equations.solve(ridge, prior if with_prior else None)
+        assert torch.allclose(weight, alone[0], rtol=0, atol=1e-12)
+        assert torch.allclose(bias, alone[1], rtol=0, atol=1e-12)
+        assert error(weight, bias) == pytest.approx(equations.error(*alone), rel=1e-9)

@@ -303,12 +303,14 @@ class _Problem:
 
         With few samples the operator as merging gives it may be best: it then stays.
         """
-        judge = self.held_out if self.held_out.count else self.fit
+        error_of = (self.held_out if self.held_out.count else self.fit).judge()
         merged, bias = as_solution(self.part), self.part.bias
         assert isinstance(bias, Tensor)
-        before = judge.error(merged, bias.detach().double().reshape(len(merged), -1))
-        tried = {(r, p): judge.error(*self.fit.solve(r, merged if p else None)) for r in RIDGES for p in (False, True)}
-        (ridge, with_prior), error = min(tried.items(), key=lambda item: item[1])
+        before = error_of(merged, bias.detach().double().reshape(len(merged), -1))
+        solutions = self.fit.solutions(RIDGES, merged)
+        tried = ((error_of(weight, bias), ridge, prior) for ridge, prior, weight, bias in solutions)
+        error, ridge, with_prior = min(tried)
+        del error_of, solutions, tried  # they hold matrices
         self.fit.merge(self.held_out)
         if error < before:
             found = self.fit.solve(ridge, merged if with_prior else None)

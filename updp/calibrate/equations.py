@@ -6,7 +6,7 @@ its normal equations do, whatever the number of images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -85,6 +85,19 @@ class Equations:
         mean_x, mean_y = (total / self.count for total in self.sums)
         return weight, mean_y - (mean_x[:, None] @ weight)[:, 0]
 
+    def solutions(self, ridges: Sequence[float], prior: Tensor) -> Iterator[tuple[float, bool, Tensor, Tensor]]:
+        """What `solve` gives for each ridge, without and with the prior: ridge, whether with it, weight, bias.
+
+        Both come from one factorization, which is most of the work.
+        """
+        gram, cross, _ = self.centred()
+        wanted = torch.cat([cross, cross - gram @ prior], 2)
+        mean_x, mean_y = (total / self.count for total in self.sums)
+        for ridge in ridges:
+            free, change = solve_positive(gram, wanted, ridge).chunk(2, 2)
+            for with_prior, weight in ((False, free), (True, change + prior)):
+                yield ridge, with_prior, weight, mean_y - (mean_x[:, None] @ weight)[:, 0]
+
     def restored(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """A solution scaled so that each output varies as much as it should.
 
@@ -100,11 +113,19 @@ class Equations:
 
     def error(self, weight: Tensor, bias: Tensor) -> float:
         """Mean square error of an operator on these samples, relative to the variance of the outputs."""
+        return self.judge()(weight, bias)
+
+    def judge(self) -> Callable[[Tensor, Tensor], float]:
+        """`error`, for many operators on the samples as they are now."""
         gram, cross, variance = self.centred()
         mean_x, mean_y = (total / self.count for total in self.sums)
-        offset = (mean_x[:, None] @ weight)[:, 0] + bias - mean_y
-        residual = variance - 2 * (weight * cross).sum(1) + (weight * (gram @ weight)).sum(1) + offset.square()
-        return float(residual.clamp_min(0).sum() / variance.sum().clamp_min(torch.finfo(torch.float64).tiny))
+
+        def error(weight: Tensor, bias: Tensor) -> float:
+            offset = (mean_x[:, None] @ weight)[:, 0] + bias - mean_y
+            residual = variance - 2 * (weight * cross).sum(1) + (weight * (gram @ weight)).sum(1) + offset.square()
+            return float(residual.clamp_min(0).sum() / variance.sum().clamp_min(torch.finfo(torch.float64).tiny))
+
+        return error
 
 
 def solve_positive(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:

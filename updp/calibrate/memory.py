@@ -17,7 +17,7 @@ from updp.recipe import PrunedFlow
 from updp.structure import evaluating
 from updp.supernet import Supernet
 
-SQUARES, PRODUCTS = 4, 4
+SQUARES, PRODUCTS = 5, 8
 """While one operator is solved for: matrices of inputs x inputs and of inputs x outputs beside its equations."""
 _ROWS = 3  # copies of a batch's rows: as they are gathered, and for each operator's groups
 _MAPS = 4  # of the largest map of the network: what is alive at a time inside a forward pass
