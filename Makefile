@@ -47,7 +47,7 @@ ifeq ($(IMAGES),)
 	@echo "A smoke run: $(words $(PHOTOGRAPHS)) photographs show that everything works, and the network is only as good as so few"
 	@echo "can make it. With some hundreds of your own it is worth looking at: make demo-imagenet IMAGES=FOLDER"
 endif
-	$(BIN)/updp calibrate tf_efficientnet_lite0 --weights package --data "folder:$(IMAGES_FROM)" --prune 2 --out $(IMAGES_RUN)
+	$(BIN)/updp calibrate tf_efficientnet_lite0 --weights package --data "folder:$(IMAGES_FROM)" --recipe full --prune 2 --out $(IMAGES_RUN)
 
 test: lint  ## Check style and types, run the tests (under 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal

@@ -82,7 +82,7 @@ def test_the_imagenet_demo_takes_a_folder_of_the_user():
     program, *words = shlex.split(shown.stdout.strip().splitlines()[-1])
     assert Path(program).name == "updp"
     assert words[:4] == ["calibrate", "tf_efficientnet_lite0", "--weights", "package"]
-    assert words[4:] == ["--data", "folder:my photographs", "--prune", "2", "--out", "runs/demo-imagenet"]
+    assert words[4:] == ["--data", "folder:my photographs", *"--recipe full --prune 2 --out runs/demo-imagenet".split()]
     assert "skimage" not in shown.stdout
 
 
@@ -91,7 +91,9 @@ def test_the_imagenet_demo_without_a_folder_says_that_it_is_a_smoke_run():
     shown = dry_make("demo-imagenet")
     assert shown.returncode == 0, shown.stderr
     *before, last = shown.stdout.strip().splitlines()
-    assert "--data folder:build/photographs --prune 2 --out runs/demo-imagenet-smoke" in last.replace('"', "")
+    assert "--data folder:build/photographs --recipe full --prune 2 --out runs/demo-imagenet-smoke" in last.replace(
+        '"', ""
+    )
     copied = next(line for line in before if " cp " in line)
     files = shlex.split(copied.partition(" cp ")[2])[:-1]
     assert len(files) >= 10, "fewer are refused"
