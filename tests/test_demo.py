@@ -82,7 +82,8 @@ def test_the_imagenet_demo_takes_a_folder_of_the_user():
     program, *words = shlex.split(shown.stdout.strip().splitlines()[-1])
     assert Path(program).name == "updp"
     assert words[:4] == ["calibrate", "tf_efficientnet_lite0", "--weights", "package"]
-    assert words[4:] == ["--data", "folder:my photographs", *"--recipe full --prune 2 --out runs/demo-imagenet".split()]
+    assert words[4:6] == ["--data", "folder:my photographs"]
+    assert words[6:] == ["--recipe", "full", "--prune", "2", "--out", "runs/demo-imagenet"]
     assert "skimage" not in shown.stdout
 
 
