@@ -69,9 +69,10 @@ def calibrate(
 ) -> None:
     """Prune a pretrained network in minutes: no training, no labels.
 
-    Each pruned block becomes the one operator that does best what the block did, by least squares on a few hundred
-    images; then all weights are distilled for some steps. What each block costs is measured first and kept in DIR, so
-    that another K takes only the solving.
+    Each pruned block becomes the one operator that does best what the block
+    did, by least squares on a few hundred images; then all weights are
+    distilled for some steps. What each block costs is measured first and kept
+    in DIR: another K or budget takes only the rest.
     """
     from updp.pipeline import Calibration
     from updp.pipeline.prepare import Request, prepare
