@@ -70,8 +70,9 @@ def run(
 ) -> None:
     """Train a network, prune K of its blocks, train on, merge, and measure what was gained.
 
-    The stages are baseline, supernet, search, finetune and merge. With a subnet there is no supernet and no search;
-    with --init calibrated they are damage and calibrate. The same command again goes on where it was stopped.
+    The stages are baseline, supernet, search, finetune and merge. With a subnet
+    there is no supernet and no search; with --init calibrated, damage and
+    calibrate take their place. The same command goes on where it was stopped.
     """
     from updp.pipeline import Calibration
     from updp.pipeline.prepare import Request, prepare
