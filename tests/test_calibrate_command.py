@@ -250,7 +250,9 @@ def test_a_run_calibrates_its_own_start(call, tmp_path):
     stages = ("baseline", "damage", "calibrate", "finetune", "merge")
     assert RunDirectory.open(out).record.stages == stages
     assert all((out / stage / "result.json").is_file() for stage in stages)
-    assert result(out, "finetune")["epochs"] == 2
+    finetune = result(out, "finetune")
+    assert finetune["epochs"] == 2
+    assert [epoch["blend"] for epoch in finetune["history"]] == [1.0, 1.0], "solved blocks are not blended in"
 
 
 def test_what_is_no_calibration_is_refused(copy, call, tmp_path):

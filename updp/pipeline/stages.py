@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,10 @@ def finetune(context: Context) -> dict[str, Any]:
     record = context.run.record
     calibrated = record.calibration is not None or record.init is not None
     network = context.calibrated_supernet() if calibrated else context.supernet()
-    policy = Progressive(context.subnet(), context.spec.schedule.blend, context.calibration())
+    blend = context.spec.schedule.blend
+    if calibrated:  # solved blocks do their work already: blended in, they would wait while the old ones are trained
+        blend = replace(blend, mode="direct")
+    policy = Progressive(context.subnet(), blend, context.calibration())
     history = context.fit("finetune", network, policy, scoring).history
     score = scoring.of(network)
     context.save(network, "finetune")
