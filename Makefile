@@ -7,6 +7,8 @@ VENV   ?= .venv
 DEMO   ?= convnext
 # Test processes. Each computes on one thread: several threads in several processes get in each other's way.
 WORKERS ?= 2
+# make soak KILLS=N
+KILLS  ?= 40
 
 SHELL := /bin/bash
 BIN   := $(VENV)/bin
@@ -34,7 +36,7 @@ INSTALL_SOURCES := pyproject.toml constraints.txt CMakeLists.txt updp/__init__.p
 CXX_SOURCES     := $(wildcard csrc/*.cpp csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-imagenet test test-all bench lint format docs native clean
+.PHONY: help demo demo-imagenet test test-all soak bench lint format docs native clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -54,6 +56,9 @@ test: lint  ## Check style and types, run the tests (under 15 minutes on 2 cores
 
 test-all: lint  ## As test, with the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+soak: $(VENV)/installed-dev  ## Kill small runs 40 times at random moments: they must end with the same bits (KILLS=40)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills $(KILLS)
 
 bench: $(VENV)/installed-dev  ## Time the kernels against torch, figures also in build/bench.json; fails if a guard does
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench -rP --benchmark-enable --benchmark-json=build/bench.json \

@@ -155,7 +155,7 @@ class Steps:
         policy.before_training(self.session)
         self.session.start_average()
         self.session.connect()
-        self.session.start_epoch(0)
+        self.session.start_epoch()
         self.batches = self._batches()
 
     def _batches(self) -> Iterator[Any]:

@@ -10,7 +10,7 @@ import typer
 from updp.cli.console import err, guarded, out, print_json
 from updp.cli.networks import Json, Settings, Spec
 from updp.cli.progress import ConsoleWatch
-from updp.cli.runs import CONTINUE, WEIGHTS, do, stages_until
+from updp.cli.runs import CONTINUE, WEIGHTS, SaveEvery, do, how_often, stages_until
 from updp.errors import InputError
 
 
@@ -31,6 +31,12 @@ def parse_budget(text: str | None) -> dict[str, float]:
     return budget
 
 
+Budget: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="B", help="At most this part of the baseline's cost: macs=0.8x, latency=0.6x.")
+]
+Until: TypeAlias = Annotated[
+    str, typer.Option(metavar="STAGE", help="Stop after this stage: baseline, damage, calibrate, merge.")
+]
 Candidates: TypeAlias = Annotated[
     int, typer.Option(metavar="N", min=1, help="Sets of blocks to compare; 1: the table alone decides.")
 ]
@@ -51,20 +57,17 @@ def calibrate(
     ],
     out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, or that of this calibration.")],
     prune: Annotated[int | None, typer.Option(metavar="K", help="How many blocks to prune.")] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="B", help="At most this part of the baseline's cost: macs=0.8x, latency=0.6x.")
-    ] = None,
+    budget: Budget = None,
     recipe: Annotated[str | None, typer.Option(metavar="R", help="Only this recipe; all if left out.")] = None,
     images: Annotated[int, typer.Option(metavar="N", min=10, help="Images to use; a fifth judges.")] = 1000,
     candidates: Candidates = 8,
     judge: Judge = None,
     settings: Settings = None,
-    until: Annotated[
-        str, typer.Option(metavar="STAGE", help="Stop after this stage: baseline, damage, calibrate, merge.")
-    ] = "merge",
+    until: Until = "merge",
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of what is drawn at random.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads.")] = None,
     precision: Precision = None,
+    save_every: SaveEvery = None,
     json: Json = False,
 ) -> None:
     """Prune a pretrained network in minutes: no training, no labels.
@@ -80,11 +83,11 @@ def calibrate(
     cost = parse_budget(budget)
     stages = stages_until(until, ("baseline", "damage", "calibrate", "merge"))
     asked = Calibration(images, cost.get("macs"), cost.get("latency"), candidates, judge)
-    watch = ConsoleWatch(err if json else out)
+    every, watch = how_often(save_every), ConsoleWatch(err if json else out)
     request = Request(
         spec, data, out_dir, prune, recipe, weights, None, tuple(settings or ()), seed, threads, "cpu", precision, asked
     )
     directory = prepare(request, watch)
-    do(directory, stages, watch, quiet=json)
+    do(directory, stages, watch, every, quiet=json)
     if json:
         print_json({stage: directory.result(stage) for stage in stages})

@@ -16,6 +16,7 @@ from updp.pipeline import SEARCHED, STAGES
 
 if TYPE_CHECKING:
     from updp.pipeline import RunDirectory
+    from updp.train import Every
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The directory of a run.")]
 Spec = Annotated[str, typer.Argument(metavar="SPEC", help="A shipped spec (see `updp list`) or a .yaml file.")]
@@ -39,6 +40,10 @@ Seed = Annotated[int | None, typer.Option(metavar="N", help="Of all that is rand
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; torch's choice if left out.")]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu or cuda; auto if left out.")]
 Precision = Annotated[str | None, typer.Option(metavar="P", help="no (float32) or bf16; no if left out.")]
+SaveEvery = Annotated[
+    str | None,
+    typer.Option(metavar="TIME|STEPS", help="Keep a training's state so often: 90s, 10m, 2h or 500; 5m if left out."),
+]
 CALIBRATED = "calibrated"
 Init = Annotated[
     str | None,
@@ -67,6 +72,7 @@ def run(
     device: Device = None,
     precision: Precision = None,
     init: Init = None,
+    save_every: SaveEvery = None,
 ) -> None:
     """Train a network, prune K of its blocks, train on, merge, and measure what was gained.
 
@@ -79,14 +85,28 @@ def run(
 
     calibration = Calibration(finetune=True) if init == CALIBRATED else None
     stages = stages_until(until, STAGES if init else SEARCHED)
-    watch = ConsoleWatch(out)
+    every, watch = how_often(save_every), ConsoleWatch(out)
     changes = tuple(settings or ())
     request = Request(
         spec, data, out_dir, prune, recipe, weights, subnet, changes, seed, threads, device, precision, calibration,
         None if init is None or calibration else Path(init),
     )  # fmt: skip
     directory = prepare(request, watch)
-    do(directory, stages, watch)
+    do(directory, stages, watch, every)
+
+
+def how_often(text: str | None) -> Every | None:
+    """How often the state of a training is kept.
+
+    Raises:
+        InputError: a text that does not say so.
+    """
+    from updp.train import Every
+
+    try:
+        return None if text is None else Every.parse(text)
+    except InputError as error:
+        raise InputError(f"--save-every: {error}") from None
 
 
 def stages_until(last: str, stages: Sequence[str]) -> Sequence[str]:
@@ -101,12 +121,12 @@ def stages_until(last: str, stages: Sequence[str]) -> Sequence[str]:
 
 
 @guarded(again=CONTINUE)
-def train(directory: Directory) -> None:
+def train(directory: Directory, save_every: SaveEvery = None) -> None:
     """Do the stages baseline and supernet of a run: all that a search needs.
 
     `updp run … --until baseline` makes a run that stops early.
     """
-    _stage(directory, ("baseline", "supernet"))
+    _stage(directory, ("baseline", "supernet"), save_every)
 
 
 @guarded(again=CONTINUE)
@@ -116,9 +136,9 @@ def search(directory: Directory) -> None:
 
 
 @guarded(again=CONTINUE)
-def finetune(directory: Directory) -> None:
+def finetune(directory: Directory, save_every: SaveEvery = None) -> None:
     """Do the stage finetune of a run: train from the baseline's blocks to the pruned ones."""
-    _stage(directory, ("finetune",))
+    _stage(directory, ("finetune",), save_every)
 
 
 @guarded()
@@ -138,19 +158,23 @@ def merge_run(directory: Path) -> None:
     _stage(directory, ("merge",))
 
 
-def _stage(directory: Path, stages: Sequence[str]) -> None:
+def _stage(directory: Path, stages: Sequence[str], save_every: str | None = None) -> None:
     from updp.pipeline import RunDirectory
 
-    do(RunDirectory.open(directory), stages, ConsoleWatch(out))
+    every = how_often(save_every)
+    do(RunDirectory.open(directory), stages, ConsoleWatch(out), every)
 
 
-def do(directory: RunDirectory, stages: Sequence[str], watch: ConsoleWatch, *, quiet: bool = False) -> None:
+def do(
+    directory: RunDirectory, stages: Sequence[str], watch: ConsoleWatch, every: Every | None = None,
+    *, quiet: bool = False,
+) -> None:  # fmt: skip
     """Do stages of a run, write its page, and say what it came to."""
     from updp.pipeline.run import run as run_stages
 
     if not quiet:
         show_header(directory)
-    run_stages(directory, stages, watch)
+    run_stages(directory, stages, watch, every)
     if FIRST:
         _report(directory, watch)
     if not quiet:

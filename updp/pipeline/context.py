@@ -21,7 +21,7 @@ from updp.spec import ArchSpec, TrainSettings
 from updp.structure import create_model
 from updp.subnet import SubnetConfig
 from updp.supernet import Supernet, build_supernet
-from updp.train import FitResult, Policy, create_accelerator, fit
+from updp.train import USUAL, Checkpoints, Every, FitResult, Policy, create_accelerator, fit
 from updp.train.session import derive_seed
 
 _LARGEST_BATCH = 128  # for scoring
@@ -32,16 +32,22 @@ _IN_MEMORY = 64  # pixels a side up to which images are read by the training pro
 
 @dataclass
 class Context:
-    """A run under way. ``judged`` is the data that has labels to judge by; None where there are none."""
+    """A run under way.
+
+    Attributes:
+        judged: the data that has labels to judge by; None where there are none.
+        every: how often the state of a training is kept.
+    """
 
     run: RunDirectory
     data: Data
     judged: Data | None
     accelerator: Accelerator
     watch: Watch
+    every: Every = USUAL
 
     @classmethod
-    def of(cls, run: RunDirectory, watch: Watch) -> Context:
+    def of(cls, run: RunDirectory, watch: Watch, every: Every = USUAL) -> Context:
         """Open what a run directory names.
 
         Raises:
@@ -51,7 +57,7 @@ class Context:
         data, judged = _open(run)
         if judged is not None:
             judged.check_classes(run.record.num_classes)
-        return cls(run, data, judged, accelerator, watch if accelerator.is_main_process else Watch())
+        return cls(run, data, judged, accelerator, watch if accelerator.is_main_process else Watch(), every)
 
     @property
     def spec(self) -> ArchSpec:
@@ -125,7 +131,10 @@ class Context:
         self, stage: str, network: nn.Module, policy: Policy, evaluate: Evaluate | None = None,
         images: ImageSet | None = None,
     ) -> FitResult:  # fmt: skip
-        """Train a network in place, as the stage's schedule says; on the training images, if no others are given."""
+        """Train a network in place, as the stage's schedule says; on the training images, if no others are given.
+
+        Stopped, it goes on from the state that was kept last.
+        """
         settings: TrainSettings = getattr(self.spec.schedule, stage)
         seed = derive_seed(self.seed, stage)
         chosen = images or self.data.train(settings, seed=self.seed, held_out=self.spec.schedule.held_out)
@@ -133,6 +142,7 @@ class Context:
         return fit(
             network, batches, settings, policy, accelerator=self.accelerator, seed=seed, evaluate=evaluate,
             progress=self.watch,
+            checkpoints=Checkpoints(self.run.checkpoints(stage), self.every, self.watch.on_note),
         )  # fmt: skip
 
     def score(self, network: nn.Module, title: str) -> Score:

@@ -23,6 +23,7 @@ from updp.spec import ArchSpec, apply_settings
 from updp.subnet import SubnetConfig
 
 VERSION = 1
+_STAGE_OF = {"distill": "calibrate"}  # trainings that are a part of a stage of another name
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class RunDirectory:
 
     def renewed(self, record: RunRecord) -> RunDirectory:
         """The same calibration with other blocks chosen: only what was made of the present choice goes."""
-        self.begin("calibrate")
+        self.begin("calibrate", anew=True)
         write_json(self.path / "run.json", dataclasses.asdict(record))
         return RunDirectory.open(self.path)
 
@@ -200,17 +201,37 @@ class RunDirectory:
         check_result(stage, result, file)
         return result
 
-    def begin(self, stage: str) -> None:
-        """Make a stage's folder. What was made from the stage's earlier product is no longer finished."""
+    def checkpoints(self, training: str) -> Path:
+        """Where the states of a training are kept while its stage is not finished."""
+        return self.file(_STAGE_OF.get(training, training), "checkpoints")
+
+    def begin(self, stage: str, *, anew: bool = False) -> None:
+        """Make a stage's folder. What was made from the stage's earlier product is no longer finished.
+
+        Args:
+            anew: whether a training of this stage that was stopped is not to go on.
+        """
         try:
-            for later in STAGES[STAGES.index(stage) :]:
+            for number, later in enumerate(STAGES[STAGES.index(stage) :]):
                 self.file(later, "result.json").unlink(missing_ok=True)
+                if number or anew:
+                    shutil.rmtree(self.checkpoints(later), ignore_errors=True)
             (self.path / stage).mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written: {error.strerror or error}") from None
 
     def finish(self, stage: str, result: Mapping[str, Any]) -> None:
+        """Write a stage's last file; the states of its training are not needed any more."""
         write_json(self.file(stage, "result.json"), result)
+        shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what killed processes have left: files under temporary names, states of trainings that are done."""
+        for file in self.path.rglob(".*.tmp"):
+            file.unlink(missing_ok=True)
+        for stage in STAGES:
+            if self.file(stage, "result.json").is_file():
+                shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
 
 
 def _write(directory: Path, record: RunRecord, spec: ArchSpec, subnet: SubnetConfig | None) -> None:

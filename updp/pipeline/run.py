@@ -12,6 +12,7 @@ from updp.pipeline.directory import RunDirectory
 from updp.pipeline.program import program
 from updp.pipeline.watch import Watch
 from updp.report.read import STAGES
+from updp.train import USUAL, Every
 
 _WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
     "baseline": stages.baseline,
@@ -26,8 +27,13 @@ _WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
 _COMMANDS = {"baseline": "train", "supernet": "train", "search": "search", "finetune": "finetune"}  # do one stage alone
 
 
-def run(directory: RunDirectory, wanted: Sequence[str] = STAGES, watch: Watch | None = None) -> None:
+def run(
+    directory: RunDirectory, wanted: Sequence[str] = STAGES, watch: Watch | None = None, every: Every | None = None
+) -> None:
     """Do the wanted stages of a run that are not finished, in their order.
+
+    Args:
+        every: how often the state of a training is kept, to go on from if it is stopped; every five minutes if None.
 
     Raises:
         InputError: a stage that comes before is not finished and not wanted, or the run has no such stage.
@@ -48,10 +54,17 @@ def run(directory: RunDirectory, wanted: Sequence[str] = STAGES, watch: Watch | 
         result = directory.result(stage)
         fresh = result is None
         if result is None:
-            context = context or Context.of(directory, watch)
+            context = context or _opened(directory, watch, every or USUAL)
             context.watch.on_stage(stage, order.index(stage) + 1, len(order))
             result = _do(context, stage)
         (context.watch if context else watch).on_result(stage, result, fresh=fresh)
+
+
+def _opened(directory: RunDirectory, watch: Watch, every: Every) -> Context:
+    context = Context.of(directory, watch, every)
+    if context.is_main:
+        directory.sweep()
+    return context
 
 
 def _do(context: Context, stage: str) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def baseline(context: Context) -> dict[str, Any]:
     history: list[dict[str, Any]] = []
     if given is None:
         model = context.new_model()
-        history = context.fit("baseline", model, Plain(), scoring).history
+        fitted = context.fit("baseline", model, Plain(), scoring)
+        history, start = fitted.history, start - fitted.earlier
     else:
         model = _given(context, given)
     score = context.told(model) if scoring.last is None else figures(scoring.last)
@@ -79,7 +80,12 @@ def supernet(context: Context) -> dict[str, Any]:
         network.set_subnet(subnet)
         network.calibrate(calibration)
         tops[name] = context.score(network, "scoring").top1
-    return {**tops, "epochs": len(fitted.history), "seconds": time.perf_counter() - start, "history": fitted.history}
+    return {
+        **tops,
+        "epochs": len(fitted.history),
+        "history": fitted.history,
+        "seconds": time.perf_counter() - start + fitted.earlier,
+    }
 
 
 def find(context: Context) -> dict[str, Any]:
@@ -136,10 +142,10 @@ def finetune(context: Context) -> dict[str, Any]:
     if calibrated:  # solved blocks do their work already: blended in, they would wait while the old ones are trained
         blend = replace(blend, mode="direct")
     policy = Progressive(context.subnet(), blend, context.calibration())
-    history = context.fit("finetune", network, policy, scoring).history
+    fitted = context.fit("finetune", network, policy, scoring)
     score = scoring.of(network)
     context.save(network, "finetune")
     return {
-        "top1": score.top1, "top5": score.top5, "loss": score.loss, "epochs": len(history),
-        "seconds": time.perf_counter() - start, "history": history,
+        "top1": score.top1, "top5": score.top5, "loss": score.loss, "epochs": len(fitted.history),
+        "seconds": time.perf_counter() - start + fitted.earlier, "history": fitted.history,
     }  # fmt: skip

@@ -6,6 +6,9 @@
 - `Distillation` brings a pruned network's features back to its baseline's, without labels (stage `calibrate`).
 """
 
+from updp.train.checkpoint import USUAL as USUAL
+from updp.train.checkpoint import Checkpoints as Checkpoints
+from updp.train.checkpoint import Every as Every
 from updp.train.factory import create_accelerator as create_accelerator
 from updp.train.loop import FitResult as FitResult
 from updp.train.loop import Progress as Progress

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from timm.data import Mixup
@@ -69,11 +70,51 @@ def _undecayed(network: nn.Module) -> set[str]:
 
 
 def carry_state(old: Optimizer, new: Optimizer) -> None:
-    """Give ``new`` what ``old`` knows of the parameters that both have (a swapped weight is another one)."""
+    """Give ``new`` what ``old`` knows of the parameters that both have (a swapped weight is another one).
+
+    Rates are the scheduler's; whatever else groups count goes along.
+    """
+    old, new = _inner(old), _inner(new)
     for group in new.param_groups:
         for parameter in group["params"]:
             if parameter in old.state:
                 new.state[parameter] = old.state[parameter]
+    if len(new.param_groups) == len(old.param_groups):
+        for group, before in zip(new.param_groups, old.param_groups, strict=True):
+            group |= {key: value for key, value in before.items() if key not in ("params", "lr", "initial_lr")}
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that has the state: timm's Lookahead keeps its own with the one that it wraps."""
+    inner: Optimizer = getattr(optimizer, "_base_optimizer", optimizer)
+    return inner
+
+
+def optimizer_state(optimizer: Optimizer, network: nn.Module) -> dict[str, Any]:
+    """What an optimizer knows, by the names of parameters: ``{"state", "groups"}``."""
+    optimizer = _inner(optimizer)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return {"state": {names[p]: dict(known) for p, known in optimizer.state.items() if known}, "groups": groups}
+
+
+def restore_optimizer(optimizer: Optimizer, network: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Give a fresh optimizer of the same network what `optimizer_state` told."""
+    optimizer, parameters = _inner(optimizer), dict(network.named_parameters())
+    for name, known in saved["state"].items():
+        parameter = parameters[name]
+        optimizer.state[parameter] = {key: _like(value, parameter, key) for key, value in known.items()}
+    for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
+        group |= {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _like(value: Any, parameter: Tensor, key: str) -> Any:
+    """A value on its parameter's device, and as large ones lie in memory; steps are counted on the CPU."""
+    if not isinstance(value, Tensor) or key == "step":
+        return value
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return value.to(parameter.device)
 
 
 def make_scheduler(optimizer: Optimizer, settings: TrainSettings, steps_per_epoch: int) -> Scheduler | None:

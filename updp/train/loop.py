@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import skip_first_batches
 from torch import Tensor, nn
 
 from updp.errors import InputError, TrainingError
 from updp.spec import TrainSettings
+from updp.train.checkpoint import Checkpoints, fingerprint
 from updp.train.policies import Policy
 from updp.train.session import Session
 
@@ -52,10 +54,12 @@ class FitResult:
         history: per epoch ``epoch`` (from 1), the policy's losses, ``lr``, what the policy records, the
             scores of ``evaluate`` where it was called, ``seconds``. The last ones are the returned network's.
         seconds: of the whole.
+        earlier: of these, those before it was stopped and went on.
     """
 
     history: list[dict[str, Any]]
     seconds: float
+    earlier: float = 0.0
 
 
 def fit(
@@ -69,101 +73,169 @@ def fit(
     evaluate: Evaluate | None = None,
     eval_every: int = 1,
     progress: Progress | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> FitResult:
     """Train a network in place.
 
-    Python's, NumPy's and torch's global random states are set at every epoch, from ``seed`` and the epoch: the same
-    seed, machine and number of threads give the same bits.
+    Python's, NumPy's and torch's global random states are set at every step, from ``seed`` and the step: the same
+    seed, machine and number of threads and processes give the same bits, stopped in between or not.
 
     Args:
         network: a timm model or a supernet; it ends in eval mode, with the averaged weights if there is ``ema``.
         loader: batches ``(images (N, C, H, W), targets (N,))``; a DataLoader is split between processes.
         evaluate: called with the (averaged) network after the last epoch, and every ``eval_every`` if that is not 0.
+        checkpoints: where the training's state is kept, to go on from; they stay when it is done.
 
     Raises:
         TrainingError: a loss is not finite.
-        InputError: no batches, or settings that timm refuses.
+        InputError: no batches, settings that timm refuses, or checkpoints of another training.
     """
     loader = accelerator.prepare(loader)
     if not len(loader):
         raise InputError("no batch to train on: there are fewer images than one batch takes")
     session = Session(network, settings, accelerator=accelerator, seed=seed, steps_per_epoch=len(loader))
     watch = progress if progress is not None and accelerator.is_main_process else _Silent()
-    start = time.perf_counter()
+    training = _Training(session, policy, loader, watch, evaluate, eval_every, _Keeper(checkpoints, session, policy))
     watch.on_start(settings.epochs * len(loader), policy.title)
     try:
-        history = _train(session, policy, loader, watch, evaluate, eval_every)
+        training.run()
     finally:
         watch.on_end()
         session.release()
     network.eval()
-    return FitResult(history, time.perf_counter() - start)
+    return FitResult(training.history, training.keeper.seconds, training.keeper.earlier)
 
 
-def _train(
-    session: Session, policy: Policy, loader: Any, watch: Progress, evaluate: Evaluate | None, eval_every: int
-) -> list[dict[str, Any]]:
-    """All epochs; the network ends with the weights that the last evaluation saw."""
-    policy.before_training(session)
-    if not session.settings.epochs:
-        policy.after_training(session)
-        return []
-    session.start_average()
-    session.connect()
-    history = []
-    for epoch in range(session.settings.epochs):
-        due = _due(evaluate, epoch, eval_every, session.settings)
-        history.append(_run_epoch(session, policy, loader, epoch, watch, due))
-        watch.on_epoch(history[-1])
-    session.finish()
-    return history
+class _Keeper:
+    """When a training's state is kept, and what is in it beside the session's."""
+
+    def __init__(self, checkpoints: Checkpoints | None, session: Session, policy: Policy) -> None:
+        self.checkpoints, self.session = checkpoints, session
+        self.start, self.earlier = time.perf_counter(), 0.0
+        # Asking all processes takes time: only now and then.
+        self.every = 1 if session.accelerator.num_processes == 1 else _CHECK_EVERY
+        if checkpoints is not None:
+            parts = (policy.title, policy.key(), session.settings, session.seed, session.steps_per_epoch,
+                     session.accelerator.num_processes, session.accelerator.mixed_precision)  # fmt: skip
+            self.key = fingerprint(session.network.state_dict(), *parts)
+
+    @property
+    def seconds(self) -> float:
+        """Spent on this training, before it was stopped and since."""
+        return self.earlier + time.perf_counter() - self.start
+
+    def latest(self) -> dict[str, Any] | None:
+        """The state to go on from, or None."""
+        saved = None if self.checkpoints is None else self.checkpoints.latest(self.key)
+        if saved is not None:
+            self.earlier = saved["seconds"]
+        return saved
+
+    def keep(self, history: Sequence[Mapping[str, Any]], ledger: _Ledger | None = None) -> None:
+        """Keep the state if it is time: behind a step of an epoch, or, without ledger, behind the epoch."""
+        session = self.session
+        if self.checkpoints is None or (ledger is not None and session.updates % self.every):
+            return
+        if not session.agree(self.checkpoints.due(session.updates)):
+            return
+        losses = None
+        if ledger is not None:
+            ledger.check()
+            losses = session.accelerator.gather(ledger.losses[None, : ledger.added])
+        if session.accelerator.is_main_process:
+            state = {**session.state(), "history": history, "losses": losses, "seconds": self.seconds}
+            self.checkpoints.save(self.key, state)
+        self.checkpoints.waited(session.updates)
 
 
-def _due(evaluate: Evaluate | None, epoch: int, every: int, settings: TrainSettings) -> Evaluate | None:
-    """What evaluates after this epoch, if anything."""
-    last = epoch + 1 == settings.epochs
-    return evaluate if last or (every and (epoch + 1) % every == 0) else None
+@dataclass
+class _Training:
+    """All that one call of `fit` works with."""
+
+    session: Session
+    policy: Policy
+    loader: Any
+    watch: Progress
+    evaluate: Evaluate | None
+    eval_every: int
+    keeper: _Keeper
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self) -> None:
+        """All epochs, or those that are left; the network ends with the weights that the last evaluation saw."""
+        session, policy, epochs = self.session, self.policy, self.session.settings.epochs
+        saved = self.keeper.latest() if epochs else None
+        if saved is None:
+            policy.before_training(session)
+        else:
+            policy.resume(session, (saved["updates"] - 1) / session.steps_per_epoch)
+        if not epochs:
+            policy.after_training(session)
+            return
+        session.start_average()
+        session.connect()
+        losses = None
+        if saved is not None:
+            session.restore(saved)
+            self.history, losses = list(saved["history"]), saved["losses"]
+        for epoch in range(len(self.history), epochs):
+            self.history.append(self._epoch(epoch, losses))
+            losses = None
+            self.watch.on_epoch(self.history[-1])
+            if epoch + 1 < epochs:
+                self.keeper.keep(self.history)
+        session.finish()
+
+    def _epoch(self, epoch: int, losses: Tensor | None) -> dict[str, Any]:
+        """One epoch, or what is left of it behind steps whose losses are given; its record."""
+        session, policy, start = self.session, self.policy, time.perf_counter()
+        session.start_epoch()
+        policy.before_epoch(session, epoch)
+        ledger = _Ledger(policy.passes, epoch, session, losses)
+        for images, targets in _batches(self.loader, epoch, ledger.added):
+            session.start_step()
+            policy.before_step(session, session.position)
+            rate = session.learning_rate
+            ledger.add(policy.step(session, *session.receive(images, targets)))
+            session.update()
+            self.watch.on_step({"epoch": epoch + 1, "step": session.updates, "lr": rate, "loss": ledger.latest})
+            if ledger.added < session.steps_per_epoch:
+                self.keeper.keep(self.history, ledger)
+        means = ledger.close()
+        if epoch + 1 == session.settings.epochs:
+            policy.after_training(session)
+        record = {"epoch": epoch + 1, **means, "lr": rate, **policy.record()}
+        if self.evaluate is not None and self._due(epoch):
+            record |= self.evaluate(session.result)
+        return {**record, "seconds": time.perf_counter() - start}
+
+    def _due(self, epoch: int) -> bool:
+        """Whether the network is evaluated after this epoch."""
+        last = epoch + 1 == self.session.settings.epochs
+        return last or bool(self.eval_every and (epoch + 1) % self.eval_every == 0)
 
 
-def _run_epoch(
-    session: Session, policy: Policy, loader: Any, epoch: int, watch: Progress, evaluate: Evaluate | None
-) -> dict[str, Any]:
-    """One epoch and its record."""
-    start = time.perf_counter()
-    session.start_epoch(epoch)
-    policy.before_epoch(session, epoch)
-    ledger = _Ledger(policy.passes, epoch, session)
-    for images, targets in _batches(loader, epoch):
-        policy.before_step(session, session.position)
-        rate = session.learning_rate
-        ledger.add(policy.step(session, *session.receive(images, targets)))
-        session.update()
-        watch.on_step({"epoch": epoch + 1, "step": session.updates, "lr": rate, "loss": ledger.latest})
-    losses = ledger.close()
-    if epoch + 1 == session.settings.epochs:
-        policy.after_training(session)
-    record = {"epoch": epoch + 1, **losses, "lr": rate, **policy.record()}
-    if evaluate is not None:
-        record |= evaluate(session.result)
-    return {**record, "seconds": time.perf_counter() - start}
-
-
-def _batches(loader: Any, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(loader: Any, epoch: int, done: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """An epoch's batches behind those that are done; these are not read again, unless they come in a stream."""
     if callable(set_epoch := getattr(loader, "set_epoch", None)):
         set_epoch(epoch)
-    yield from loader
+    yield from skip_first_batches(loader, done) if done else loader
 
 
 class _Ledger:
     """The losses of an epoch, on the device; looked at after every step on a CPU, now and then elsewhere."""
 
-    def __init__(self, passes: Sequence[str], epoch: int, session: Session) -> None:
+    def __init__(self, passes: Sequence[str], epoch: int, session: Session, before: Tensor | None = None) -> None:
+        """Open it; ``before`` are the losses of steps that are done, ``(processes, steps, passes)``."""
         device = session.accelerator.device
         self.passes, self.epoch, self.session = passes, epoch, session
         self.every = 1 if device.type == "cpu" else _CHECK_EVERY
         self.losses = torch.zeros(session.steps_per_epoch, len(passes), device=device)
         self.added = self.checked = 0
         self.latest: float | None = None
+        if before is not None:
+            self.added = self.checked = before.shape[1]
+            self.losses[: self.added] = before[session.accelerator.process_index].to(device)
 
     def add(self, losses: list[Tensor]) -> None:
         torch.stack(losses, out=self.losses[self.added])
@@ -173,6 +245,8 @@ class _Ledger:
 
     def check(self) -> None:
         """Raise if a loss since the last check is not finite."""
+        if self.checked == self.added:
+            return
         fresh = self.losses[self.checked : self.added].cpu()
         finite = fresh.isfinite()
         if not finite.all():
@@ -187,8 +261,7 @@ class _Ledger:
 
     def close(self) -> dict[str, float]:
         """Means over the epoch and over processes, by name."""
-        if self.checked < self.added:
-            self.check()
+        self.check()
         means = self.session.accelerator.reduce(self.losses[: self.added].mean(0), "mean").tolist()
         found: dict[str, list[float]] = {}
         for name, mean in zip(self.passes, means, strict=True):

@@ -31,8 +31,15 @@ class Policy:
     def before_training(self, session: Session) -> None:
         """Called once, before the optimizer exists."""
 
+    def resume(self, session: Session, position: float) -> None:
+        """Called in the place of `before_training` where a training goes on that was stopped.
+
+        The network is brought into the structure that it had behind the step at ``position``; its tensors follow.
+        """
+        self.before_training(session)
+
     def before_epoch(self, session: Session, epoch: int) -> None:
-        """Called before each epoch; epochs count from 0."""
+        """Called before each epoch, or what is left of one; epochs count from 0."""
 
     def before_step(self, session: Session, position: float) -> None:
         """Called before each step, with the epochs trained so far (fractional)."""
@@ -47,6 +54,10 @@ class Policy:
     def record(self) -> dict[str, float]:
         """What an epoch's record says beside losses, scores and learning rate."""
         return {}
+
+    def key(self) -> str:
+        """Names what the training depends on beside the network, the images and the settings."""
+        return ""
 
 
 class Plain(Policy):
@@ -72,11 +83,12 @@ class Sandwich(Policy):
     def before_training(self, session: Session) -> None:
         cast(Supernet, session.network).set_blend(1.0)
 
-    def before_epoch(self, session: Session, epoch: int) -> None:
-        self._generator.manual_seed(derive_seed(session.seed, "sandwich", epoch))  # the same in every process
+    def key(self) -> str:
+        return str(self.recipe)
 
     def step(self, session: Session, images: Tensor, targets: Tensor) -> list[Tensor]:
         network = cast(Supernet, session.network)
+        self._generator.manual_seed(derive_seed(session.seed, "sandwich", session.updates))  # the same in every process
         subnets = (
             network.all_keep(),
             network.sample(self._generator, None, self.recipe),
@@ -123,6 +135,15 @@ class Progressive(Policy):
         self._set_blend(session, 0.0)
         self._swap(session, 0.0)
         self._calibrate(session)
+
+    def resume(self, session: Session, position: float) -> None:
+        cast(Supernet, session.network).reduce(self.subnet)
+        for moment in (0.0, position):
+            self._set_blend(session, moment)
+            self._swap(session, moment)
+
+    def key(self) -> str:
+        return f"{self.subnet} {self.settings}"
 
     def before_step(self, session: Session, position: float) -> None:
         changed = self._set_blend(session, position)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeAlias
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from timm.utils import random_seed
 from torch import Tensor, nn
 
@@ -19,6 +21,8 @@ from updp.train.factory import (
     make_mixer,
     make_optimizer,
     make_scheduler,
+    optimizer_state,
+    restore_optimizer,
 )
 
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -118,11 +122,39 @@ class Session:
         if self.scheduler is not None:
             self.scheduler.step_update(self.updates)
 
-    def start_epoch(self, epoch: int) -> None:
-        """Training mode, and random numbers that depend only on seed, epoch and process."""
-        random_seed(derive_seed(self.seed, epoch, self.accelerator.process_index))
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, besides what follows from settings and seed; tensors are not copied."""
+        average = None if self.average is None else self.average.module.state_dict()
+        optimizer = optimizer_state(self.optimizer.optimizer, self.network)
+        return {
+            "updates": self.updates, "network": self.network.state_dict(), "average": average, "optimizer": optimizer,
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up a state; the session is connected, and its network has the structure that it had then."""
+        self.updates = int(state["updates"])
+        self.network.load_state_dict(state["network"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        restore_optimizer(self.optimizer.optimizer, self.network, state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.updates)
+
+    def start_epoch(self) -> None:
+        """Training mode."""
         assert self._forward is not None
         self._forward.train()
+
+    def start_step(self) -> None:
+        """Random numbers that depend on seed, step and process alone: none of their generators' states need be kept."""
+        random_seed(derive_seed(self.seed, self.updates, self.accelerator.process_index))
+
+    def agree(self, mine: bool) -> bool:
+        """What the main process says, in all processes."""
+        if self.accelerator.num_processes == 1:
+            return mine
+        said = torch.tensor([int(mine)], device=self.accelerator.device)
+        return bool(broadcast(said).item())
 
     def receive(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """A batch on the device, mixed if the settings say so."""
