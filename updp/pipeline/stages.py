@@ -23,7 +23,7 @@ from updp.pipeline.context import Context, figures, workers_for
 from updp.pipeline.prepare import model_with_weights
 from updp.search import CachedOracle, PrefixEvaluator, planned_evaluations, search
 from updp.supernet import Supernet
-from updp.train import Plain, Progressive, Sandwich
+from updp.train import Plain, Progressive, Sandwich, Teacher
 
 
 class _Scoring:
@@ -132,6 +132,11 @@ def _data_key(context: Context) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
+def _teacher(context: Context) -> Teacher | None:
+    settings = context.spec.schedule.teacher
+    return Teacher(context.baseline_model(), settings) if settings.weight else None
+
+
 def finetune(context: Context) -> dict[str, Any]:
     """Train the subnet, from the baseline's blocks to the pruned ones: as they are at first, or calibrated."""
     start, scoring = time.perf_counter(), _Scoring(context)
@@ -141,7 +146,7 @@ def finetune(context: Context) -> dict[str, Any]:
     blend = context.spec.schedule.blend
     if calibrated:  # solved blocks do their work already: blended in, they would wait while the old ones are trained
         blend = replace(blend, mode="direct")
-    policy = Progressive(context.subnet(), blend, context.calibration())
+    policy = Progressive(context.subnet(), blend, context.calibration(), _teacher(context))
     fitted = context.fit("finetune", network, policy, scoring)
     score = scoring.of(network)
     context.save(network, "finetune")

@@ -33,4 +33,5 @@ from updp.spec.settings import STAGES as STAGES
 from updp.spec.settings import BlendSettings as BlendSettings
 from updp.spec.settings import Schedule as Schedule
 from updp.spec.settings import SearchSettings as SearchSettings
+from updp.spec.settings import TeacherSettings as TeacherSettings
 from updp.spec.settings import TrainSettings as TrainSettings

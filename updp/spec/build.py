@@ -164,6 +164,7 @@ def build_schedule(values: Mapping[str, Any], start: Schedule = DEFAULT_SCHEDULE
     changes["distill"] = replace_fields(start.distill, values.get("distill", {}))
     changes["search"] = replace_fields(start.search, values.get("search", {}))
     changes["blend"] = replace_fields(start.blend, values.get("blend", {}))
+    changes["teacher"] = replace_fields(start.teacher, values.get("teacher", {}))
     return replace_fields(start, changes)
 
 

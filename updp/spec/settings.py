@@ -46,6 +46,14 @@ class BlendSettings:
 
 
 @dataclass(frozen=True)
+class TeacherSettings:
+    """How much of finetuning's loss is the baseline's answers; their temperature."""
+
+    weight: float = 0.0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
 class SearchSettings:
     """How large the genetic search is and on how many images it scores."""
 
@@ -74,6 +82,7 @@ class Schedule:
     distill: TrainSettings = DISTILL
     search: SearchSettings = SearchSettings()
     blend: BlendSettings = BlendSettings()
+    teacher: TeacherSettings = TeacherSettings()
 
 
 DEFAULT_SCHEDULE = Schedule()

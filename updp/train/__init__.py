@@ -20,3 +20,4 @@ from updp.train.policies import Progressive as Progressive
 from updp.train.policies import Sandwich as Sandwich
 from updp.train.policies import blend_at as blend_at
 from updp.train.session import Session as Session
+from updp.train.teacher import Teacher as Teacher

@@ -15,6 +15,7 @@ from updp.subnet import SubnetConfig
 from updp.supernet import Supernet
 from updp.train.features import Features
 from updp.train.session import Criterion, Session, derive_seed
+from updp.train.teacher import Teacher
 
 
 class Policy:
@@ -116,17 +117,25 @@ class Progressive(Policy):
 
     title: ClassVar[str] = "finetune"
 
-    def __init__(self, subnet: SubnetConfig, settings: BlendSettings, calibration: Iterable[Tensor]) -> None:
+    def __init__(
+        self,
+        subnet: SubnetConfig,
+        settings: BlendSettings,
+        calibration: Iterable[Tensor],
+        teacher: Teacher | None = None,
+    ) -> None:
         """Prepare.
 
         Args:
             subnet: what is pruned; the supernet holds the baseline's weights.
             settings: the blend's course.
             calibration: batches of images, eval-transformed; iterated at every calibration.
+            teacher: gives a second target, or None.
         """
         self.subnet = subnet
         self.settings = settings
         self.calibration = calibration
+        self.teacher = teacher
         self.blend = 0.0
         self._freed = False
 
@@ -143,7 +152,11 @@ class Progressive(Policy):
             self._swap(session, moment)
 
     def key(self) -> str:
-        return f"{self.subnet} {self.settings}"
+        return f"{self.subnet} {self.settings} {self.teacher and self.teacher.settings}"
+
+    def step(self, session: Session, images: Tensor, targets: Tensor) -> list[Tensor]:
+        criterion = None if self.teacher is None else self.teacher.criterion(session, images)
+        return [session.run_pass(images, targets, criterion=criterion)]
 
     def before_step(self, session: Session, position: float) -> None:
         changed = self._set_blend(session, position)
