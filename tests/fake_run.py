@@ -193,6 +193,20 @@ def merge() -> dict[str, Any]:
         },
         "latency": {"environment": environment(), "rows": [timing("baseline", 8.412), timing("merged", 5.207)]},
         "block_latency": block_latency,
+        "training": {
+            "batch_size": 64,
+            "precision": "no",
+            "rows": [
+                {**timing(name, median), "memory": memory}
+                for name, median, memory in (
+                    ("baseline", 81.2, 61_200_000),
+                    ("supernet", 262.4, 83_100_000),
+                    ("blend below 1", 130.7, 97_400_000),
+                    ("blend 1", 63.9, 55_800_000),
+                    ("merged", 52.1, 41_300_000),
+                )
+            ],
+        },
     }
 
 

@@ -8,38 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from networks import spec_of
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from updp.calibrate import SolveSettings, solve_blocks
 from updp.calibrate.memory import equation_bytes, peak_bytes
 from updp.frozen import FrozenMap
 from updp.structure import create_model
 from updp.supernet import build_supernet
+from updp.train.cost import LiveBytes
 
 BATCH = 16
-
-
-class Live(TorchDispatchMode):
-    """Sums up the storages that are alive after every operation of torch; those of ``known`` tensors do not count."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in known}
-        self.live = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return out
 
 
 def network(name, size=None):
@@ -57,7 +34,7 @@ def images(net, number, batch=BATCH):
 
 def peak(net, choices, number, batch=BATCH):
     known = [*net.parameters(), *net.buffers()]
-    with Live(known) as live:
+    with LiveBytes(known) as live:
         solve_blocks(net, choices, net.all_keep(), lambda: images(net, number, batch))
     return live.peak
 

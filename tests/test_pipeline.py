@@ -60,6 +60,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(finish, "find_spec", lambda name: None)
     monkeypatch.setattr(finish, "_NETWORK_SECONDS", 0.01)
     monkeypatch.setattr(finish, "_BLOCK_SECONDS", 0.001)
+    monkeypatch.setattr(finish, "_TRAINING_SECONDS", 0.01)
 
 
 def result(directory: Path, stage: str) -> dict:
@@ -113,6 +114,9 @@ def test_results_say_what_each_stage_came_to(finished):
     assert merge["after"]["depth"] == merge["before"]["depth"] - 2 * 4
     assert merge["after"]["macs"] < merge["before"]["macs"]
     assert [row.name for row in LatencyTable.from_dict(merge["latency"]).rows] == ["baseline", "merged"]
+    steps = {row["name"]: row for row in merge["training"]["rows"]}
+    assert list(steps) == ["baseline", "supernet", "blend below 1", "blend 1", "merged"]
+    assert steps["merged"]["memory"] < steps["blend 1"]["memory"] < steps["blend below 1"]["memory"]
     chosen = {row["block"]: row["choice"] for row in merge["block_latency"]}
     assert {block: choice for block, choice in chosen.items() if choice != "keep"} == subnet.choices
     assert len(chosen) == 10

@@ -78,7 +78,7 @@ def test_graphics_are_well_formed_and_described(full):
     text = page_of(full)
     graphics = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
     described = [svg for svg in graphics if svg.get("role") == "img"]
-    assert len(described) == len(BLOCKS) + 7 + 7 + 2 + len(BLOCKS)  # network, lines, accuracies, latencies
+    assert len(described) == len(BLOCKS) + 7 + 7 + 5 + 2 + len(BLOCKS)  # network, lines, accuracies, steps, latencies
     assert all(svg.get("aria-label") for svg in described)
     for svg in graphics:
         for element in svg.iter():

@@ -171,9 +171,13 @@ def measure(
 
 
 def compare(
-    functions: Mapping[str, Callable[[], object]], seconds: float, device: str | torch.device = "cpu"
+    functions: Mapping[str, Callable[[], object]],
+    seconds: float,
+    device: str | torch.device = "cpu",
+    *,
+    least: int = _ROUNDS[0],
 ) -> dict[str, Timing]:
-    """Time functions in turns, as often as fits into about so many seconds."""
+    """Time functions in turns, as often as fits into about so many seconds, but ``least`` times."""
     with torch.inference_mode():
         for function in functions.values():
             function()
@@ -181,7 +185,7 @@ def compare(
         for function in functions.values():
             function()
         once = time.perf_counter() - start
-    return measure(functions, rounds=min(max(round(seconds / once), _ROUNDS[0]), _ROUNDS[1]), device=device)
+    return measure(functions, rounds=min(max(round(seconds / once), least), _ROUNDS[1]), device=device)
 
 
 def speedup(before: Timing, after: Timing) -> Speedup:

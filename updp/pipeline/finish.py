@@ -22,8 +22,10 @@ from updp.oracle import Count, count
 from updp.pipeline.context import Context
 from updp.structure import BoundBlock, evaluating, get_block
 from updp.supernet import KEEP, Supernet
+from updp.train.cost import training_costs, training_steps
 
-_NETWORK_SECONDS, _BLOCK_SECONDS = 6.0, 0.3  # spent on timing, roughly
+_NETWORK_SECONDS, _BLOCK_SECONDS, _TRAINING_SECONDS = 6.0, 0.3, 10.0  # spent on timing, roughly
+_TRAINING_PIXELS = 8 * 224 * 224  # of the largest batch that training steps are measured with on a CPU
 
 
 def finish(context: Context) -> dict[str, Any]:
@@ -38,11 +40,12 @@ def finish(context: Context) -> dict[str, Any]:
     unmerged, merged = context.told(source), context.told(network)
     before, after = _counts(context, network)
     times = latencies(context, network)
+    steps = _training_costs(context, network)
     files = _save(context, network, source, (certificate, random))
     return {
         "top1_unmerged": unmerged["top1"], **merged,
         "certificate": certificate.to_json(), "certificate_random": random.to_json(),
-        "before": before.to_json(), "after": after.to_json(), **times,
+        "before": before.to_json(), "after": after.to_json(), **times, "training": steps,
         "files": [str(file.relative_to(context.run.path)) for file in files],
         "seconds": time.perf_counter() - start,
     }  # fmt: skip
@@ -116,6 +119,26 @@ def latencies(context: Context, merged: nn.Module) -> dict[str, Any]:
             blocks.append({"block": name, "choice": choice, **_block_rows(baseline, merged, bound, choice, device)})
     table = LatencyTable(environment(device), tuple(rows.values()))
     return {"latency": table.to_dict(), "block_latency": blocks}
+
+
+def _training_costs(context: Context, merged: nn.Module) -> dict[str, Any] | None:
+    """What the steps of this run's trainings cost; None where it did none, or several processes did them."""
+    accelerator, settings, spec = context.accelerator, context.spec.schedule.finetune, context.spec
+    if "finetune" not in context.run.record.stages or accelerator.num_processes > 1:
+        return None
+    images = settings.batch_size
+    if accelerator.device.type == "cpu":
+        images = max(2, min(images, _TRAINING_PIXELS // (spec.input[1] * spec.input[2])))
+    classes = context.run.record.num_classes
+    batch = torch.randn(images, *spec.input), torch.arange(images) % classes
+    with context.watch.task("costs", None), _old_objects_aside():
+        steps = training_steps(
+            context.supernet(), context.subnet(), merged, settings, batch, accelerator,
+            recipe=context.run.record.recipe,
+        )  # fmt: skip
+        rows = training_costs(steps, _TRAINING_SECONDS, accelerator.device)
+    accelerator.free_memory()
+    return {"batch_size": images, "precision": context.run.record.precision, "rows": rows}
 
 
 @contextmanager

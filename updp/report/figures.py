@@ -103,6 +103,20 @@ def block_latency_chart(run: Run) -> RowChart | None:
     return row_chart("Block by block", "ms", rows, bars=True)
 
 
+def step_chart(run: Run) -> RowChart | None:
+    """What one training step costs, of each kind: medians with their quartiles, and the memory."""
+    rows = (
+        (
+            row.text("name") or "?",
+            f"{words.quantity(row.number('memory'))}B",
+            words.milliseconds(row.number("median_ms")),
+            _measured(row, "a" if row.text("name") == BASELINE else "b", "one step"),
+        )
+        for row in run.stage("merge").record("training").records("rows")
+    )
+    return row_chart("One step", "ms", rows, bars=True)
+
+
 def _measured(row: Record, style: str, label: str) -> list[Measured]:
     median = row.number("median_ms")
     return [] if median is None else [Measured(style, label, median, row.number("low_ms"), row.number("high_ms"))]

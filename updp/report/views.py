@@ -15,7 +15,7 @@ Keys that the page reads; all may be missing:
   ``float32}``,
   ``certificate_random`` of the same form, ``before`` and ``after {macs, params, depth, blocks [{name, depth}]}``,
   ``latency {environment, rows [ROW]}``, ``block_latency [{block, choice, before ROW, after ROW}]``, where
-  ROW is ``{name, median_ms, low_ms, high_ms}``.
+  ROW is ``{name, median_ms, low_ms, high_ms}``; ``training {batch_size, rows [ROW with memory]}``.
 """
 
 from __future__ import annotations
