@@ -468,7 +468,7 @@ def test_memory_is_bounded_by_the_depth(monkeypatch: pytest.MonkeyPatch) -> None
 
         return call
 
-    monkeypatch.setattr(prefix, "_copy", tracked(prefix._copy))
+    monkeypatch.setattr(prefix, "alike", tracked(prefix.alike))
     assert asking._runner is not None
     monkeypatch.setattr(asking._runner, "run", tracked(asking._runner.run))
     monkeypatch.setattr(asking, "_calibrate", lambda *_: {})

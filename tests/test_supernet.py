@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -320,3 +321,30 @@ def test_a_supernet_can_be_copied():
     block = twin.blocks["stages.0.blocks.0"]
     assert block.keep.mlp.fc1.weight is block.choices["full"].part("mlp.fc1").weight
     assert all(isinstance(norm, _BatchNorm) for norm in block.norms())
+
+
+def test_calibrating_costs_a_block_no_more_in_a_deep_network():
+    """Each block runs a number of times that does not depend on how many there are."""
+    calls = {}
+    for depth in (3, 12):
+        text = f"""
+version: 1
+model: {{timm: convnext_atto, patch_size: 2, depths: [{depth}, 1, 1, 1], dims: [8, 8, 8, 8]}}
+input: [3, 32, 32]
+structures:
+  block:
+    - sum: [[conv_dw, norm, mlp.fc1, mlp.act, mlp.drop1, mlp.fc2, mlp.drop2, {{optional: gamma}}, drop_path], []]
+recipes:
+  full: {{replace: {{norm: batchnorm, mlp.act: identity}}, append: [gelu, batchnorm], merge: all}}
+blocks:
+  - {{match: "stages.*.blocks.*", structure: block, recipes: [full]}}
+"""
+        net = build_supernet(parse(text), num_classes=4, seed=0)
+        net.set_subnet(net.all_pruned())
+        net.calibrate([torch.randn(2, 3, 32, 32)])  # looks once whether the network can be entered between its blocks
+        ran = []
+        for name, block in net.blocks.items():
+            block.choices["full"].register_forward_pre_hook(lambda module, args, name=name, ran=ran: ran.append(name))
+        net.calibrate([torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32)])
+        calls[depth] = max(Counter(ran).values())
+    assert calls[12] == calls[3] <= 6

@@ -18,6 +18,7 @@ from updp.kinds import kind_of
 from updp.problems import say_once
 from updp.recipe import PrunedFlow, prune
 from updp.spec import ArchSpec
+from updp.stretches import StretchRunner, UnresumableError, Walk, check_stretches
 from updp.structure import BoundBlock, bind, create_model, evaluating, set_block
 from updp.subnet import KEEP as KEEP
 from updp.subnet import SubnetConfig
@@ -106,6 +107,7 @@ class Supernet(nn.Module):
             if recipes := tuple(r for r in block.group.recipes if spec.recipes[r].kind == "prune"):
                 self.available[name] = recipes
         self._subnet = self.all_keep()
+        self._walkable: bool | None = None  # not known yet
 
     @property
     def blocks(self) -> dict[str, ChoiceBlock]:
@@ -190,12 +192,42 @@ class Supernet(nn.Module):
         """
         images = list(batches)
         with evaluating(self.model), torch.no_grad(), torch.autocast(_device_type(self), enabled=False):
-            for block in self.blocks.values():
+            blocks = self.blocks
+            walk = self._walk(images)
+            for name, block in blocks.items() if walk is None else ((name, blocks[name]) for name in walk.order):
                 norms = [norm for norm in block.norms() if isinstance(norm, _BatchNorm)]
                 if norms:
                     with estimating(norms):
-                        for batch in images:
-                            _feed_pruned(self.model, block, batch)
+                        for number, batch in enumerate(images):
+                            with _feeding_pruned(block):
+                                self.model(batch) if walk is None else walk.to(number, name)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Inside, every block that still has its baseline branch runs that."""
+        active = {name: block.active for name, block in self.blocks.items()}
+        for block in self.blocks.values():
+            block.active = KEEP if block.keep is not None else block.active
+        try:
+            yield
+        finally:
+            for name, block in self.blocks.items():
+                block.active = active[name]
+
+    def _walk(self, images: Sequence[Tensor]) -> Walk | None:
+        """A walk through the model block by block, so that depth costs no more than one pass; None if it has none."""
+        if self._walkable is False or not images:
+            return None
+        try:
+            runner = StretchRunner(self.model, self.blocks, images)
+            if self._walkable is None:
+                with self._kept():  # norms that are not estimated yet may let the signal grow out of all bounds
+                    check_stretches(runner, self.model, self.blocks, images[0])
+            self._walkable = True
+        except UnresumableError:
+            self._walkable = False
+            return None
+        return Walk(runner, images)
 
     # --- towards one subnet ---
 
@@ -292,8 +324,9 @@ class _Fed(Exception):
     """Stops a forward pass at the block that was asked for."""
 
 
-def _feed_pruned(model: nn.Module, block: ChoiceBlock, x: Tensor) -> None:
-    """Run a block's pruned flow on what the network gives it: at blend 0 too, where its own forward leaves it out."""
+@contextmanager
+def _feeding_pruned(block: ChoiceBlock) -> Iterator[None]:
+    """Inside, the model runs up to a block and there its pruned flow: at blend 0, too, where the block skips it."""
 
     def feed(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         block.choices[block.active](args[0])
@@ -301,7 +334,7 @@ def _feed_pruned(model: nn.Module, block: ChoiceBlock, x: Tensor) -> None:
 
     handle = block.register_forward_pre_hook(feed)
     try:
-        model(x)
+        yield
     except _Fed:
         pass
     finally:

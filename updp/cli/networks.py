@@ -262,11 +262,14 @@ def verify(
 
 
 def _show_verification(path: Path, result: Verification) -> None:
+    from updp.certificate import BOUND
+
     shown = table("certificate", ">worst operator", ">logits", ">bound", "")
     for title, found in (("random weights", result.random), ("its own weights", result.given)):
         if found is not None:
             verdict = "[green]holds[/]" if found.ok else "[red]FAILS[/]"
-            shown.add_row(title, f"{found.worst:.1e}", f"{found.logits:.1e}", "1e-09", verdict)
+            alone = f" (rounding alone: {found.rounding:.0e})" if found.logits_bound > BOUND else ""
+            shown.add_row(title, f"{found.worst:.1e}", f"{found.logits:.1e}{alone}", f"{BOUND:.0e}", verdict)
     if result.stored is not None:
         verdict = "[green]holds[/]" if result.stored <= (result.stored_bound or 0) else "[red]FAILS[/]"
         shown.add_row("saved tensors", f"{result.stored:.1e}", "", f"{result.stored_bound:.1e}", verdict)

@@ -20,8 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from updp.errors import InputError
 from updp.oracle import Score, Tally, evaluate
-from updp.search.resume import StretchRunner, UnresumableError
 from updp.search.tree import Path, count_block_evaluations, fork, split
+from updp.stretches import StretchRunner, UnresumableError, alike, check_stretches
 from updp.structure import evaluating
 from updp.subnet import SubnetConfig
 from updp.supernet import Supernet, estimating
@@ -181,7 +181,7 @@ class PrefixEvaluator:
         norms = self._norms_at(path, position)
         with estimating(norms):
             for images, x in zip(batches, chunks, strict=True):
-                runner.run(images, _copy(x), position, position + 1)
+                runner.run(images, alike(x), position, position + 1)
         return [buffer.clone() for norm in norms for buffer in norm.buffers()]
 
     def _up_to_last_norm(self, paths: Sequence[Path]) -> list[Path]:
@@ -219,18 +219,7 @@ class PrefixEvaluator:
         """Entering the model behind any block gives the bits of the plain forward pass."""
         for config in (self._supernet.all_keep(), self._supernet.all_pruned()):
             self._supernet.set_subnet(config)
-            plain = self._supernet.model(images)
-            if not plain.isfinite().all():
-                raise UnresumableError("the network's output is not finite, so that resuming it cannot be checked")
-            x = images
-            for position, block in enumerate(runner.order, start=1):
-                try:
-                    x = runner.run(images, _copy(x), position - 1, position)
-                    out = runner.run(images, _copy(x), position)
-                except Exception as error:  # whatever a forward says of placeholders
-                    raise UnresumableError(f"the model cannot be entered behind block {block}: {error}") from error
-                if not torch.equal(out, plain):
-                    raise UnresumableError(f"more than the output of block {block} reaches what follows it")
+            check_stretches(runner, self._supernet.model, self._blocks, images)
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -261,7 +250,7 @@ class _Held:
     def take(self) -> list[Tensor]:
         self._uses -= 1
         if self._uses:
-            return [_copy(x) for x in self._tensors]
+            return [alike(x) for x in self._tensors]
         tensors, self._tensors = self._tensors, []
         return tensors
 
@@ -276,9 +265,3 @@ def _norms_of(supernet: Supernet) -> dict[tuple[str, str], list[_BatchNorm]]:
             found[name, choice] = [norm for norm in block.norms() if isinstance(norm, _BatchNorm)]
         block.active = active
     return found
-
-
-def _copy(x: Tensor) -> Tensor:
-    """A copy with the same strides: another layout may mean another kernel, and other bits."""
-    copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    return copy.copy_(x)

@@ -133,6 +133,69 @@ class StretchRunner:
                     unit.__dict__["forward"] = forward
 
 
+class Walk:
+    """The way of several batches through a model, from block to block, each stretch run once."""
+
+    def __init__(self, runner: StretchRunner, images: Sequence[Tensor]) -> None:
+        self._runner = runner
+        self._images = list(images)
+        self._held = list(images)
+        self._at = [0] * len(self._images)
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The blocks' names, in the order of their calls."""
+        return self._runner.order
+
+    def to(self, number: int, block: str) -> None:
+        """Go on with a batch up to a block, and call the block; what it gives is not kept, only what it is given."""
+        stop = self._runner.order.index(block)
+        if stop > self._at[number]:
+            images, held = self._images[number], self._held[number]
+            self._held[number] = self._runner.run(images, held, self._at[number], stop)
+            self._at[number] = stop
+        self._runner.run(self._images[number], alike(self._held[number]), stop, stop + 1)
+
+
+def check_stretches(runner: StretchRunner, model: nn.Module, blocks: Mapping[str, nn.Module], images: Tensor) -> None:
+    """Entering the model behind any block gives the bits of the plain forward pass.
+
+    Each stretch from one block to the next is run alone, on what the plain pass gave there. Longer stretches make the
+    same calls, with true values where these have placeholders.
+
+    Raises:
+        UnresumableError: it does not, and why.
+    """
+    seen: dict[str, Tensor] = {}
+    handles = [
+        block.register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, alike(out)))
+        for name, block in blocks.items()
+    ]
+    try:
+        plain = model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not plain.isfinite().all():
+        raise UnresumableError("the network's output is not finite, so that resuming it cannot be checked")
+    given = images
+    for position, (block, wanted) in enumerate([*((b, seen[b]) for b in runner.order), ("", plain)]):
+        behind = runner.order[position - 1] if position else "the input"
+        try:
+            out = runner.run(images, alike(given), position, position + 1 if block else None)
+        except Exception as error:  # whatever a forward says of placeholders
+            raise UnresumableError(f"the model cannot be entered behind block {behind}: {error}") from error
+        if not torch.equal(out, wanted):
+            raise UnresumableError(f"more than the output of block {behind} reaches what follows it")
+        given = wanted
+
+
+def alike(x: Tensor) -> Tensor:
+    """A copy with the same strides: another layout may mean another kernel, and other bits."""
+    copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return copy.copy_(x)
+
+
 def _shape(images: Tensor) -> tuple[torch.Size, torch.dtype]:
     return images.shape, images.dtype
 
