@@ -82,7 +82,8 @@ def fit(
 
     Args:
         network: a timm model or a supernet; it ends in eval mode, with the averaged weights if there is ``ema``.
-        loader: batches ``(images (N, C, H, W), targets (N,))``; a DataLoader is split between processes.
+        loader: batches ``(images (N, C, H, W), targets (N,))``; what is not shared out between processes already
+            (`updp.data.loader`) is split so that they take batches in turn.
         evaluate: called with the (averaged) network after the last epoch, and every ``eval_every`` if that is not 0.
         checkpoints: where the training's state is kept, to go on from; they stay when it is done.
 
@@ -90,10 +91,13 @@ def fit(
         TrainingError: a loss is not finite.
         InputError: no batches, settings that timm refuses, or checkpoints of another training.
     """
-    loader = accelerator.prepare(loader)
+    weight = getattr(loader, "weight", None)
+    if weight is None or accelerator.num_processes == 1:
+        loader = accelerator.prepare(loader)
     if not len(loader):
         raise InputError("no batch to train on: there are fewer images than one batch takes")
     session = Session(network, settings, accelerator=accelerator, seed=seed, steps_per_epoch=len(loader))
+    session.weight = weight or 1.0
     watch = progress if progress is not None and accelerator.is_main_process else _Silent()
     training = _Training(session, policy, loader, watch, evaluate, eval_every, _Keeper(checkpoints, session, policy))
     watch.on_start(settings.epochs * len(loader), policy.title)
