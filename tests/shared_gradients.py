@@ -18,7 +18,7 @@ from updp.spec import BlendSettings, TrainSettings, load_spec
 from updp.supernet import Supernet, build_supernet
 from updp.train import Plain, Policy, Progressive, Sandwich, Session, create_accelerator
 
-IMAGES = 21
+IMAGES = 11
 """They cannot be shared out equally: one process has one more."""
 SPECS = {"convnext_digits": "model.drop_path_rate=0", "deit_digits": "model.drop_path_rate=0"}
 CASES = [(name, step, dtype) for name in SPECS for step in ("sandwich", "progressive") for dtype in ("32", "64")]

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from updp.errors import InputError, ProcessError, UpdpError
 from updp.files import json_text
-from updp.pipeline.program import program
+from updp.pipeline.program import launched
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 
@@ -95,7 +95,7 @@ def remember(arguments: Sequence[str] | None) -> None:
 
 def command_line() -> str:
     """The command that is running, as it would be typed."""
-    return f"{program()} {shlex.join(sys.argv[1:] if _arguments is None else _arguments)}"
+    return f"{launched()} {shlex.join(sys.argv[1:] if _arguments is None else _arguments)}"
 
 
 def show_error(error: UpdpError) -> None:

@@ -10,16 +10,19 @@ from pathlib import Path
 
 
 def program() -> str:
-    """``updp`` where a shell finds it, else what this process was started by; with its launcher, on one host."""
+    """``updp`` where a shell finds it, else what this process was started by."""
     started = Path(sys.argv[0])
-    here, all_of_them = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    if here == all_of_them > 1:
-        return f"torchrun --nproc-per-node {here} -m updp"
     if shutil.which("updp") is not None:
         return "updp"
     if started.name == "__main__.py" and started.parent.name == "updp":
         return f"{_nearest(sys.executable)} -m updp"
     return _nearest(str(started)) if started.stem == "updp" else "updp"
+
+
+def launched() -> str:
+    """The program and what launched its processes, where they are on one host."""
+    here, all_of_them = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    return f"torchrun --nproc-per-node {here} -m updp" if here == all_of_them > 1 else program()
 
 
 def _nearest(file: str) -> str:
