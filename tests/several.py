@@ -34,7 +34,7 @@ def fault(kind: str, directory: Path) -> list[subprocess.CompletedProcess[str]]:
         for rank in range(2)
     ]  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=300) for process in started]
+        outputs = [process.communicate(timeout=1200) for process in started]
     finally:
         for process in started:
             process.kill()

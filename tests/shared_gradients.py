@@ -76,7 +76,8 @@ def gradients(name: str, step: str, dtype: str, accelerator: Accelerator) -> dic
     session = session_of(network, settings, accelerator)
     policy.before_training(session)
     session.connect()
-    session.start_epoch(1)
+    session.start_epoch()
+    session.start_step()
     policy.before_epoch(session, 1)
     policy.before_step(session, 1.5)
     if isinstance(policy, Progressive):

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import skip_first_batches
 from torch import Tensor, nn
 
+from updp import processes
 from updp.errors import InputError, TrainingError
 from updp.spec import TrainSettings
 from updp.train.checkpoint import Checkpoints, fingerprint
@@ -119,8 +120,9 @@ class _Keeper:
         # Asking all processes takes time: only now and then.
         self.every = 1 if session.accelerator.num_processes == 1 else _CHECK_EVERY
         if checkpoints is not None:
+            # Not how many processes there are: they share the same batches, and another number may go on.
             parts = (policy.title, policy.key(), session.settings, session.seed, session.steps_per_epoch,
-                     session.accelerator.num_processes, session.accelerator.mixed_precision)  # fmt: skip
+                     session.accelerator.mixed_precision)  # fmt: skip
             self.key = fingerprint(session.network.state_dict(), *parts)
 
     @property
@@ -130,7 +132,12 @@ class _Keeper:
 
     def latest(self) -> dict[str, Any] | None:
         """The state to go on from, or None."""
-        saved = None if self.checkpoints is None else self.checkpoints.latest(self.key)
+        if self.checkpoints is None:
+            return None
+        saved = self.checkpoints.latest(self.key)
+        found = processes.gathered(None if saved is None else int(saved["updates"]))
+        if len(set(found)) > 1:
+            raise InputError(f"{self.checkpoints.folder}: processes see different states there: {found}; go on later")
         if saved is not None:
             self.earlier = saved["seconds"]
         return saved
@@ -239,7 +246,9 @@ class _Ledger:
         self.latest: float | None = None
         if before is not None:
             self.added = self.checked = before.shape[1]
-            self.losses[: self.added] = before[session.accelerator.process_index].to(device)
+            own = session.accelerator.process_index
+            same = len(before) == session.accelerator.num_processes  # otherwise others trained: their means are told
+            self.losses[: self.added] = (before[own] if same else before.mean(0)).to(device)
 
     def add(self, losses: list[Tensor]) -> None:
         torch.stack(losses, out=self.losses[self.added])
