@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -21,11 +22,15 @@ def commands(*lines: list[object]) -> subprocess.CompletedProcess[str]:
 
 
 def fault(kind: str, directory: Path) -> list[subprocess.CompletedProcess[str]]:
-    """``updp train`` in two processes without a launcher, of which one fails as `_fail` says."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    """``updp train`` in two processes, of which one fails as `_fail` says.
+
+    They find what torchrun gives them, its store included, but nobody ends them.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
     started = [
         subprocess.Popen(
             [sys.executable, __file__, kind, str(directory)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
