@@ -21,6 +21,7 @@ FLOORS = {
         "spec",
         "subnet",
         "measure",
+        "processes",
         "ops",
         "affine",
         "layers",

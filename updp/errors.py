@@ -72,6 +72,10 @@ class TrainingError(UpdpError):
     """Training cannot go on, for example because the loss is not a number."""
 
 
+class ProcessError(UpdpError):
+    """Another process of the run ended, or does not answer any more."""
+
+
 def suggest(got: str, allowed: Iterable[str]) -> str:
     """Say what was got and what is allowed, with the nearest allowed value if one is near.
 

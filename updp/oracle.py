@@ -211,9 +211,7 @@ class Tally:
     """Adds up batches of logits and labels to a `Score`."""
 
     def __init__(self) -> None:
-        self.images = 0
-        self._top1 = self._top5 = 0
-        self._loss = 0.0
+        self.rows: list[tuple[int, int, int, float]] = []  # images, top-1, top-5 and the sum of losses of each batch
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count ``logits (N, classes)`` against ``labels (N,)``.
@@ -224,11 +222,14 @@ class Tally:
         if int(labels.max()) >= logits.shape[1]:
             raise InputError(f"label {int(labels.max())} for a network of {logits.shape[1]} classes")
         logits = logits.float()
-        self._loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+        loss = float(F.cross_entropy(logits.double(), labels, reduction="sum"))
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        self._top1 += int(best[:, 0].sum())
-        self._top5 += int(best.any(dim=1).sum())
-        self.images += len(labels)
+        self.rows.append((len(labels), int(best[:, 0].sum()), int(best.any(dim=1).sum()), loss))
+
+    @property
+    def images(self) -> int:
+        """How many were counted."""
+        return sum(row[0] for row in self.rows)
 
     def score(self) -> Score:
         """The score so far.
@@ -236,11 +237,12 @@ class Tally:
         Raises:
             InputError: nothing was added.
         """
-        if not self.images:
+        images, top1, top5, loss = 0, 0, 0, 0.0
+        for row in self.rows:  # one by one: `sum` adds floats in other ways in other versions of Python
+            images, top1, top5, loss = images + row[0], top1 + row[1], top5 + row[2], loss + row[3]
+        if not images:
             raise InputError("no images to score")
-        return Score(
-            100 * self._top1 / self.images, 100 * self._top5 / self.images, self._loss / self.images, self.images
-        )
+        return Score(100 * top1 / images, 100 * top5 / images, loss / images, images)
 
 
 def evaluate(
@@ -248,11 +250,13 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device | str | None = None,
     progress: Callable[[int], None] | None = None,
+    gather: Callable[[Any], list[Any]] | None = None,
 ) -> Score:
     """Accuracy and cross entropy over ``(images, labels)`` batches, in eval mode.
 
     Args:
         progress: called with the number of images done so far.
+        gather: if the batches are one process's part, what gives every process those of all, in the batches' order.
 
     Raises:
         InputError: a label that the network has no output for, or no images at all.
@@ -264,4 +268,6 @@ def evaluate(
             tally.add(model(x.to(device)), labels.to(device))
             if progress is not None:
                 progress(tally.images)
+    if gather is not None:
+        tally.rows = [row for part in gather(tally.rows) for row in part]
     return tally.score()

@@ -7,7 +7,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from updp.cli.console import err, guarded, out, print_json
+from updp.cli.console import FIRST, err, guarded, out, print_json
 from updp.cli.networks import Json, Settings, Spec
 from updp.cli.progress import ConsoleWatch
 from updp.cli.runs import CONTINUE, WEIGHTS, SaveEvery, do, how_often, stages_until
@@ -79,6 +79,7 @@ def calibrate(
     """
     from updp.pipeline import Calibration
     from updp.pipeline.prepare import Request, prepare
+    from updp.processes import together
 
     cost = parse_budget(budget)
     stages = stages_until(until, ("baseline", "damage", "calibrate", "merge"))
@@ -87,7 +88,8 @@ def calibrate(
     request = Request(
         spec, data, out_dir, prune, recipe, weights, None, tuple(settings or ()), seed, threads, "cpu", precision, asked
     )
-    directory = prepare(request, watch)
-    do(directory, stages, watch, every, quiet=json)
-    if json:
+    with together():
+        directory = prepare(request, watch)
+        do(directory, stages, watch, every, quiet=json)
+    if json and FIRST:
         print_json({stage: directory.result(stage) for stage in stages})

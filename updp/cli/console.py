@@ -14,13 +14,16 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from updp.errors import InputError, UpdpError
+from updp.errors import InputError, ProcessError, UpdpError
 from updp.files import json_text
-from updp.pipeline.program import program
+from updp.pipeline.program import launched
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 
 FIRST = os.environ.get("RANK", "0") == "0"  # of several processes, as launchers number them, one speaks
+SEVERAL = int(os.environ.get("WORLD_SIZE", "1")) > 1
+if SEVERAL:  # before torch is there: it would warn of what every training does
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 _PIPED = 160  # columns of output that no terminal limits
 
 
@@ -50,16 +53,35 @@ def guarded(
             try:
                 command(*args, **kwargs)
             except UpdpError as error:
-                show_error(error)
-                raise typer.Exit(error.exit_status) from None
+                tells, status = _verdict(error.exit_status)
+                if tells:
+                    show_error(error)
+                    if isinstance(error, ProcessError):
+                        _show_how_to_go_on("", again)
+                raise typer.Exit(status) from None
             except KeyboardInterrupt:
-                line(err, "Interrupted. ", again, style="bold yellow")
-                line(err, "  ", command_line(), rest="bold")
-                raise typer.Exit(INTERRUPTED) from None
+                tells, status = _verdict(INTERRUPTED)
+                if tells:
+                    _show_how_to_go_on("Interrupted. ", again)
+                raise typer.Exit(status) from None
 
         return run
 
     return decorate
+
+
+def _verdict(status: int) -> tuple[bool, int]:
+    """Whether this process tells why the command ends, and the exit status: one of several tells, and all agree."""
+    if not SEVERAL:
+        return True, status
+    from updp.processes import verdict
+
+    return verdict(status)
+
+
+def _show_how_to_go_on(why: str, again: str) -> None:
+    line(err, why, again, style="bold yellow")
+    line(err, "  ", command_line(), rest="bold")
 
 
 _arguments: list[str] | None = None
@@ -73,7 +95,7 @@ def remember(arguments: Sequence[str] | None) -> None:
 
 def command_line() -> str:
     """The command that is running, as it would be typed."""
-    return f"{program()} {shlex.join(sys.argv[1:] if _arguments is None else _arguments)}"
+    return f"{launched()} {shlex.join(sys.argv[1:] if _arguments is None else _arguments)}"
 
 
 def show_error(error: UpdpError) -> None:

@@ -82,6 +82,7 @@ def run(
     """
     from updp.pipeline import Calibration
     from updp.pipeline.prepare import Request, prepare
+    from updp.processes import together
 
     calibration = Calibration(finetune=True) if init == CALIBRATED else None
     stages = stages_until(until, STAGES if init else SEARCHED)
@@ -91,8 +92,8 @@ def run(
         spec, data, out_dir, prune, recipe, weights, subnet, changes, seed, threads, device, precision, calibration,
         None if init is None or calibration else Path(init),
     )  # fmt: skip
-    directory = prepare(request, watch)
-    do(directory, stages, watch, every)
+    with together():
+        do(prepare(request, watch), stages, watch, every)
 
 
 def how_often(text: str | None) -> Every | None:
@@ -160,9 +161,11 @@ def merge_run(directory: Path) -> None:
 
 def _stage(directory: Path, stages: Sequence[str], save_every: str | None = None) -> None:
     from updp.pipeline import RunDirectory
+    from updp.processes import together
 
     every = how_often(save_every)
-    do(RunDirectory.open(directory), stages, ConsoleWatch(out), every)
+    with together():
+        do(RunDirectory.open(directory), stages, ConsoleWatch(out), every)
 
 
 def do(

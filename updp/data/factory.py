@@ -84,9 +84,13 @@ class FactoryStream:
     def __len__(self) -> int:
         return self.length
 
-    def read(self, *, shuffle: bool, epoch: int, workers: int) -> Iterator[tuple[Image.Image, int]]:
+    def read(
+        self, *, shuffle: bool, epoch: int, workers: int, process: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[Image.Image, int]]:
         try:
             dataset = _create(self.name, self.split, is_training=shuffle, seed=epoch)
+            # Of itself a reader takes each process's part, also where all processes are to see the same images.
+            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = process
             dataset.set_loader_cfg(num_workers=workers)
             for image, label in dataset:
                 yield image, int(label)

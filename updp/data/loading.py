@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 
 from updp.data.sources import Images, Stream, read_image
 from updp.data.transforms import Transform, mixed, seeded
+from updp.errors import InputError
+from updp.processes import share_of
 
 _KEEP_BYTES = 128 << 20  # sets that always give the same tensors are kept in memory up to this size
 
@@ -86,6 +88,7 @@ class StreamSet(IterableDataset[tuple[Tensor, int]]):
         part_seed: int = 0,
         seed: int | None = None,
         limit: int | None = None,
+        process: tuple[int, int] = (0, 1),
     ) -> None:
         """Make a data set.
 
@@ -97,6 +100,7 @@ class StreamSet(IterableDataset[tuple[Tensor, int]]):
             part_seed: another seed gives other parts.
             seed: of shuffling and of a transform that draws at random; None to do neither.
             limit: take no more images than this.
+            process: which of how many processes reads; each reads its own images, as many as every other.
         """
         self.stream = stream
         self.transform = transform
@@ -106,6 +110,8 @@ class StreamSet(IterableDataset[tuple[Tensor, int]]):
         self.seed = seed
         self.length = int(len(stream) * (part[1] - part[0]))
         self.length = self.length if limit is None else min(limit, self.length)
+        self.length //= process[1]
+        self.process = process
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -119,6 +125,11 @@ class StreamSet(IterableDataset[tuple[Tensor, int]]):
         """The first ``count`` images, or all if there are fewer."""
         return StreamSet(self.stream, self.transform, self.mode, part=self.part, part_seed=self.part_seed,
                          seed=self.seed, limit=min(count, self.length))  # fmt: skip
+
+    def shared(self, process: tuple[int, int]) -> StreamSet:
+        """What one of several processes reads of this."""
+        return StreamSet(self.stream, self.transform, self.mode, part=self.part, part_seed=self.part_seed,
+                         seed=self.seed, limit=self.length, process=process)  # fmt: skip
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         worker = get_worker_info()
@@ -138,7 +149,7 @@ class StreamSet(IterableDataset[tuple[Tensor, int]]):
             shuffle = self.seed is not None
             order = mixed(self.seed, self.epoch, turn) & 0x7FFFFFFF if self.seed is not None else 0
             some = False
-            for image, label in self.stream.read(shuffle=shuffle, epoch=order, workers=workers):
+            for image, label in self.stream.read(shuffle=shuffle, epoch=order, workers=workers, process=self.process):
                 image = image.convert(self.mode)
                 checksum = zlib.crc32(image.tobytes(), self.part_seed & 0xFFFFFFFF)
                 if self.part[0] <= checksum / 2**32 < self.part[1]:
@@ -170,18 +181,52 @@ class EpochSampler(Sampler[Any]):
         return iter([(self.epoch, index) for index in order] if self.with_epoch else order)
 
 
-class Loader(DataLoader[Any]):
-    """A DataLoader with ``set_epoch``, which the loaders of accelerate have too."""
+class SharedBatches(Sampler[list[Any]]):
+    """One process's part of every batch; what is left over at the end of an epoch is left out."""
+
+    def __init__(self, sampler: EpochSampler, batch_size: int, process: tuple[int, int]) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.part = share_of(batch_size, process)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives."""
-        for part in (self.sampler, self.dataset):
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        keys = iter(self.sampler)
+        for _ in range(len(self)):
+            yield list(islice(keys, self.batch_size))[self.part]
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader with ``set_epoch``, which the loaders of accelerate have too.
+
+    Attributes:
+        weight: of this process's mean losses, for the mean over processes to be that over all images.
+    """
+
+    weight = 1.0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives."""
+        parts: tuple[Any, ...] = (self.sampler, self.batch_sampler, self.dataset)
+        for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
 
 
 def loader(
-    dataset: Dataset[tuple[Tensor, int]], batch_size: int, *, train: bool, seed: int = 0, workers: int = 0
+    dataset: Dataset[tuple[Tensor, int]],
+    batch_size: int,
+    *,
+    train: bool,
+    seed: int = 0,
+    workers: int = 0,
+    process: tuple[int, int] = (0, 1),
 ) -> Loader:
     """Batches ``(images (N, C, H, W) float32, labels (N,) int64)``.
 
@@ -189,22 +234,47 @@ def loader(
     left out, unless it is all there is. Otherwise images come in their order. ``set_epoch`` gives another
     order and another augmentation; the same epoch gives the same batches, whatever was drawn before and
     however many workers there are (a stream with several workers comes in another order than with one).
+
+    Args:
+        batch_size: images in a batch, of all processes together.
+        process: which of how many processes trains with these; each gets its part of every batch.
+
+    Raises:
+        InputError: a batch cannot be shared out between so many processes.
     """
-    streams = isinstance(dataset, IterableDataset)
-    length = len(dataset)  # type: ignore[arg-type]
-    sampler = None
-    if train and not streams:
-        sampler = EpochSampler(length, seed, with_epoch=isinstance(dataset, ImageSet))
-    return Loader(
-        dataset,
-        batch_size=min(batch_size, max(1, length)) if train else batch_size,
-        sampler=sampler,
-        drop_last=train,
-        num_workers=workers,
-        collate_fn=default_collate,
+    options: dict[str, Any] = {
+        "num_workers": workers,
+        "collate_fn": default_collate,
         # torch draws a number each time it starts: not from the global generator
-        generator=torch.Generator().manual_seed(seed),
-    )
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    length = len(dataset)  # type: ignore[arg-type]
+    size = min(batch_size, max(1, length)) if train else batch_size
+    sampler = None
+    if train and not isinstance(dataset, IterableDataset):
+        sampler = EpochSampler(length, seed, with_epoch=isinstance(dataset, ImageSet))
+    if process[1] > 1:
+        return _shared(dataset, sampler, size, process, options)
+    return Loader(dataset, batch_size=size, sampler=sampler, drop_last=train, **options)
+
+
+def _shared(
+    dataset: Any, sampler: EpochSampler | None, size: int, process: tuple[int, int], options: dict[str, Any]
+) -> Loader:
+    """A loader of one process's part of every batch."""
+    if size < process[1]:
+        raise InputError(f"batch_size: {size} images cannot be shared out between {process[1]} processes")
+    if sampler is None:
+        if size % process[1]:
+            raise InputError(
+                f"batch_size: got {size}, allowed: a multiple of {process[1]}, the number of processes, as the images "
+                "come from a stream"
+            )
+        return Loader(dataset.shared(process), batch_size=size // process[1], drop_last=True, **options)
+    batches = SharedBatches(sampler, size, process)
+    result = Loader(dataset, batch_sampler=batches, **options)
+    result.weight = (batches.part.stop - batches.part.start) * process[1] / size
+    return result
 
 
 def stack(dataset: Dataset[tuple[Tensor, int]], *, workers: int = 0) -> tuple[Tensor, Tensor]:

@@ -48,8 +48,10 @@ class Stream(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, *, shuffle: bool, epoch: int, workers: int) -> Iterator[tuple[Image.Image, int]]:
-        """All images once; ``shuffle`` asks for the stream's own order of that epoch."""
+    def read(
+        self, *, shuffle: bool, epoch: int, workers: int, process: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[Image.Image, int]]:
+        """All images once, or those of one process; ``shuffle`` asks for the stream's own order of that epoch."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from updp import __version__
+from updp import __version__, processes
 from updp.calibrate import (
     Solved,
     SolveSettings,
@@ -164,24 +164,39 @@ def calibrate(context: Context) -> dict[str, Any]:
     start, task = time.perf_counter(), Task.of(context)
     supernet = context.supernet(resized=True).to(context.accelerator.device).eval()
     supernet.to(memory_format=FASTER)
-    subnet, solved, verified = prune_network(context, supernet, task)
-    moved = network_damage(supernet, subnet, task.judge)
+    found = _solved_by_the_first(context, supernet, task)
+    subnet = SubnetConfig(context.spec.name, found["choices"])
     supernet.reduce(subnet)
     supernet.free_baseline()
     distilled = None  # of a network that is to be trained, training is the better use of the time
     if not task.calibration.finetune:
+        processes.share_tensors(supernet.state_dict().values())
         distilled = distill(context, supernet, task.augmented, task.judge)
     context.save(supernet.to(memory_format=torch.contiguous_format), "calibrate")
     if context.is_main:
         subnet.save(context.run.file("calibrate", "subnet.json"))
-    taken = distilled is not None and distilled["taken"]
-    return {
-        "choices": dict(subnet.choices), "damage": distilled["after"]["damage"] if distilled and taken else moved,
-        "damage_solved": moved,
-        "candidates": [{"choices": dict(each.subnet.choices), "damage": each.damage} for each in verified],
-        "distilled": distilled, "solved": [dataclasses.asdict(each) for each in solved],
-        "seconds": time.perf_counter() - start,
-    }  # fmt: skip
+    if distilled is not None and distilled["taken"]:
+        found["damage"] = distilled["after"]["damage"]
+    return {**found, "distilled": distilled, "seconds": time.perf_counter() - start}
+
+
+def _solved_by_the_first(context: Context, supernet: Supernet, task: Task) -> dict[str, Any]:
+    """What is chosen, and what came of it; the first process's supernet has the operators.
+
+    Others wait: they would only solve the same equations, and disturb what is timed.
+    """
+    found: dict[str, Any] | None = None
+    if context.is_main:
+        with processes.alone():
+            subnet, solved, verified = prune_network(context, supernet, task)
+            moved = network_damage(supernet, subnet, task.judge)
+        found = {
+            "choices": dict(subnet.choices), "damage": moved, "damage_solved": moved,
+            "candidates": [{"choices": dict(each.subnet.choices), "damage": each.damage} for each in verified],
+            "solved": [dataclasses.asdict(each) for each in solved],
+        }  # fmt: skip
+    result: dict[str, Any] = processes.agreed(found)
+    return result
 
 
 def prune_network(

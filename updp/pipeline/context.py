@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from updp import processes
 from updp.artefact import load_state, load_tensors, save_tensors
 from updp.data import Data, ImageSet, data_config, loader, open_data
 from updp.errors import InputError
@@ -138,7 +141,10 @@ class Context:
         settings: TrainSettings = getattr(self.spec.schedule, stage)
         seed = derive_seed(self.seed, stage)
         chosen = images or self.data.train(settings, seed=self.seed, held_out=self.spec.schedule.held_out)
-        batches = loader(chosen, settings.batch_size, train=True, seed=seed, workers=workers_for(self.spec))
+        batches = loader(
+            chosen, settings.batch_size, train=True, seed=seed, workers=workers_for(self.spec),
+            process=(processes.number(), processes.count()),
+        )  # fmt: skip
         return fit(
             network, batches, settings, policy, accelerator=self.accelerator, seed=seed, evaluate=evaluate,
             progress=self.watch,
@@ -173,11 +179,15 @@ def figures(score: Score) -> dict[str, float | None]:
 
 
 def score(network: nn.Module, data: Data, watch: Watch, title: str, spec: ArchSpec) -> Score:
-    """Accuracy on the validation images of a data set."""
-    images = data.val()
-    batches = loader(images, _batch_for(spec), train=False, workers=workers_for(spec))
+    """Accuracy on the validation images of a data set; several processes share its batches out."""
+    images, size = data.val(), _batch_for(spec)
+    gather = None
+    if processes.count() > 1 and isinstance(images, ImageSet):
+        part = processes.share_of(math.ceil(len(images) / size))
+        images, gather = images.part(part.start * size, part.stop * size), processes.gathered
+    batches: Any = loader(images, size, train=False, workers=workers_for(spec)) if len(images) else ()
     with watch.task(title, len(images)) as advance:
-        return evaluate(network, batches, progress=advance)
+        return evaluate(network, batches, progress=advance, gather=gather)
 
 
 def _batch_for(spec: ArchSpec) -> int:
@@ -188,7 +198,8 @@ def workers_for(spec: ArchSpec) -> int:
     """Processes that read images. They change no bit; small images are not worth starting any."""
     if max(spec.input[1:]) <= _IN_MEMORY:
         return 0
-    return min(_WORKERS, len(os.sched_getaffinity(0)))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of the run on this host
+    return max(1, min(_WORKERS, len(os.sched_getaffinity(0)) // here))
 
 
 def start(device: str, precision: str, threads: int) -> Accelerator:
@@ -199,6 +210,7 @@ def start(device: str, precision: str, threads: int) -> Accelerator:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: got cuda, but torch finds no GPU here; allowed: cpu")
+    processes.check_device(device)
     torch.set_num_threads(threads)
     return create_accelerator(precision, cpu=device == "cpu")
 

@@ -64,6 +64,8 @@ class RunRecord:
         environment: versions and hardware at the start.
         calibration: how blocks are chosen and solved for, or None.
         init: ``{"directory", "sha256"}`` of the calibration whose pruned weights training starts from, or None.
+        processes: how many began the run. Batches, statistics and searches are the same however many share them, but
+            not every bit: a run may go on with another number, which each stage's result tells.
     """
 
     spec: str
@@ -83,6 +85,7 @@ class RunRecord:
     environment: Mapping[str, Any]
     calibration: Calibration | None = None
     init: Mapping[str, str] | None = None
+    processes: int = 1
     version: int = VERSION
 
     @property
@@ -94,7 +97,10 @@ class RunRecord:
 
     def differences(self, other: RunRecord) -> list[str]:
         """What makes another run of it, one line each; hardware and versions do not."""
-        told = ("environment", "blocks", "num_classes", "version", "weights", "settings", "calibration", "init")
+        told = (
+            "environment", "blocks", "num_classes", "version", "weights", "settings", "calibration", "init",
+            "processes",
+        )  # fmt: skip
         names = [field.name for field in dataclasses.fields(self) if field.name not in told]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         ours, theirs = (tuple(s for s in run.settings if not is_seed(s)) for run in (self, other))
@@ -264,7 +270,7 @@ def _read_record(file: Path) -> RunRecord:
     if data.get("version") != VERSION:
         message = f"got {data.get('version')!r}, allowed: {VERSION}"
         raise InputError([Problem(Place(str(file)), "version", message)])
-    data = {**dict.fromkeys(_SINCE), **data}
+    data = {**_SINCE, **data}
     wrong = [name for name, kinds in _KINDS.items() if name not in data or not isinstance(data[name], kinds)]
     if wrong:
         raise InputError([Problem(Place(str(file)), name, "is missing or not what updp writes") for name in wrong])
@@ -279,14 +285,14 @@ def _read_record(file: Path) -> RunRecord:
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("spec", "spec_hash", "data", "device", "precision"), str),
-    **dict.fromkeys(("num_classes", "seed", "threads", "version"), int),
+    **dict.fromkeys(("num_classes", "seed", "threads", "version", "processes"), int),
     **dict.fromkeys(("settings", "blocks"), list),
     **dict.fromkeys(("weights", "subnet", "calibration", "init"), (dict, type(None))),
     "prune": (int, type(None)),
     "recipe": (str, type(None)),
     "environment": dict,
 }
-_SINCE = ("calibration", "init")  # keys that the first runs did not have
+_SINCE = {"calibration": None, "init": None, "processes": 1}  # keys that the first runs did not have
 
 
 def write_json(file: Path, data: Mapping[str, Any]) -> None:

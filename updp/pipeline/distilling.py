@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from updp import processes
 from updp.calibrate import divergence
 from updp.data import ImageSet
 from updp.pipeline.context import Context
@@ -38,7 +39,7 @@ def distill(
     before, solved = distance(teacher, network, judge), copy.deepcopy(network.state_dict())
     history = context.fit("distill", network, Distillation(teacher, list(network.bound)), images=images).history
     after = distance(teacher, network, judge)
-    taken = after["features"] < before["features"]
+    taken = processes.agreed(after["features"] < before["features"])
     if not taken:
         network.load_state_dict(solved)
         context.watch.on_note("distillation: no better on the judging images, not taken")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
+from updp import processes
 from updp.artefact import load_state, read_weights
 from updp.conformance import check_spec
 from updp.data import Data
@@ -95,17 +95,18 @@ def prepare(request: Request, watch: Watch | None = None) -> RunDirectory:
         init = None if request.init is None else open_init(request.init, spec)
         request = _with_init(request, init)
     found.check()
-    processes, device, precision = _start(request, existing)
+    device, precision = _start(request, existing)
     record, subnet = _examine(request, spec, settings, (device, precision), found)
     if existing is not None:
         return _taken_up(existing, record, request, watch or Watch())
     with (watch or Watch()).task("checking", None):
         check_spec(spec)
-    processes.wait_for_everyone()  # all have looked whether there is a run before one makes it
-    if processes.is_main_process:
+    processes.wait()  # all have looked whether there is a run before one makes it
+    if processes.is_first():
         pruned = None if init is None else init.file("calibrate", "weights.safetensors")
         RunDirectory.create(request.out, record, spec, subnet, pruned)
-    processes.wait_for_everyone()
+    processes.wait()
+    processes.until_seen(request.out / "run.json")
     return RunDirectory.open(request.out)
 
 
@@ -127,7 +128,8 @@ def _with_init(request: Request, init: RunDirectory | None) -> Request:
 def _existing(out: Path) -> RunDirectory | None:
     """The run that is in the directory already, if any."""
     try:
-        if (out / "run.json").is_file():
+        if processes.agreed((out / "run.json").is_file()):
+            processes.until_seen(out / "run.json")
             return RunDirectory.open(out)
         if out.exists() and not out.is_dir():
             raise InputError(f"--out: {out} is a file, allowed: a directory")
@@ -177,11 +179,20 @@ def _taken_up(existing: RunDirectory, record: RunRecord, request: Request, watch
         record = replace(record, init=existing.record.init)
     other = _with_choice_of(existing.record, record)
     _check_same(replace(existing, record=other), record)
+    if (began := existing.record.processes) != record.processes:
+        watch.on_note(
+            f"the run began with {began} process{'es' * (began > 1)} and goes on with {record.processes}: "
+            "as good, but not bit for bit what it would have been"
+        )
     if other.differences(existing.record):
         if existing.result("damage") is not None:
             candidates(replace(existing, record=other), 1)
         watch.on_note("another choice of blocks: what was measured is kept, the rest of the run begins anew")
-        return existing.renewed(other)
+        processes.wait()
+        if processes.is_first():
+            existing.renewed(other)
+        processes.wait()
+        return RunDirectory.open(existing.path)
     return existing
 
 
@@ -206,15 +217,16 @@ def _check_same(existing: RunDirectory, record: RunRecord) -> None:
         raise InputError([Problem(place, "holds another run", difference) for difference in differences])
 
 
-def _start(request: Request, existing: RunDirectory | None) -> tuple[PartialState, str, str]:
-    """This process's place among all, the device and the precision; sets the number of threads."""
+def _start(request: Request, existing: RunDirectory | None) -> tuple[str, str]:
+    """The device and the precision; sets the number of threads."""
     record = None if existing is None else existing.record
     precision = request.precision or (record.precision if record else "no")
     if precision not in PRECISIONS:
         raise InputError(f"--precision: {suggest(precision, PRECISIONS)}")
     threads = request.threads or (record.threads if record else None)
     device = choose_device(request.device or (record.device if record else "auto"), threads)
-    return PartialState(cpu=device == "cpu"), device, precision
+    processes.check_device(device)
+    return device, precision
 
 
 def choose_device(name: str, threads: int | None) -> str:
@@ -270,6 +282,7 @@ def _examine(
         precision=where[1], weights=weights,
         subnet=None if subnet is None else dict(subnet.choices), blocks=tuple(_blocks(supernet)),
         environment=environment(where[0]), calibration=calibration, init=init_record(request.init),
+        processes=processes.count(),
     )  # fmt: skip
     return record, subnet
 
@@ -304,6 +317,9 @@ def _check_training(spec: ArchSpec) -> None:
     """Names of optimizers and schedulers are timm's: only making one tells."""
     for stage in TRAINING:
         settings = getattr(spec.schedule, stage)
+        if settings.batch_size < processes.count():
+            message = f"got {settings.batch_size}, allowed: an image for each of {processes.count()} processes"
+            raise InputError([Problem(None, f"{stage}.batch_size", message)])
         try:
             make_scheduler(make_optimizer(nn.Linear(1, 1), settings), settings, 1)
         except InputError as error:

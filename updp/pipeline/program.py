@@ -19,6 +19,12 @@ def program() -> str:
     return _nearest(str(started)) if started.stem == "updp" else "updp"
 
 
+def launched() -> str:
+    """The program and what launched its processes, where they are on one host."""
+    here, all_of_them = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    return f"torchrun --nproc-per-node {here} -m updp" if here == all_of_them > 1 else program()
+
+
 def _nearest(file: str) -> str:
     """A program's path, from here where that is shorter, as a shell takes it."""
     if shutil.which(os.path.basename(file)) == file:

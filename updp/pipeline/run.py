@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from updp import processes
 from updp.errors import InputError, suggest
 from updp.pipeline import calibrating, finish, stages
 from updp.pipeline.context import Context
@@ -23,6 +24,10 @@ _WORK: dict[str, Callable[[Context], dict[str, Any]]] = {
     "finetune": stages.finetune,
     "merge": finish.finish,
 }
+
+_ALONE = ("damage", "merge")
+"""Stages that the first process does alone while the others wait: what they measure would be disturbed, and others
+would only do the same once more."""
 
 _COMMANDS = {"baseline": "train", "supernet": "train", "search": "search", "finetune": "finetune"}  # do one stage alone
 
@@ -52,8 +57,8 @@ def run(
     context: Context | None = None
     for stage in due:
         result = directory.result(stage)
-        fresh = result is None
-        if result is None:
+        fresh = processes.agreed(result is None)
+        if fresh or result is None:
             context = context or _opened(directory, watch, every or USUAL)
             context.watch.on_stage(stage, order.index(stage) + 1, len(order))
             result = _do(context, stage)
@@ -68,14 +73,22 @@ def _opened(directory: RunDirectory, watch: Watch, every: Every) -> Context:
 
 
 def _do(context: Context, stage: str) -> dict[str, Any]:
+    """One stage, in all processes; only the first writes."""
     if context.is_main:
         context.run.begin(stage)
-    context.accelerator.wait_for_everyone()
-    result = _WORK[stage](context)
+    processes.wait()
+    if stage not in _ALONE:
+        result = _WORK[stage](context)
+    elif context.is_main:
+        with processes.alone():
+            result = _WORK[stage](context)
     if context.is_main:
-        context.run.finish(stage, result)
-    context.accelerator.wait_for_everyone()
-    return context.run.result(stage) or result
+        context.run.finish(stage, {**result, "processes": processes.count()})
+    processes.wait()
+    processes.until_seen(context.run.file(stage, "result.json"))
+    found = context.run.result(stage)
+    assert found is not None
+    return found
 
 
 def _check_order(directory: RunDirectory, order: Sequence[str], due: Sequence[str]) -> None:

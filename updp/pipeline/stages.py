@@ -15,13 +15,14 @@ from typing import Any
 
 from torch import nn
 
+from updp import processes
 from updp.data import loader
 from updp.errors import InputError
 from updp.files import sha256
 from updp.oracle import Score
 from updp.pipeline.context import Context, figures, workers_for
 from updp.pipeline.prepare import model_with_weights
-from updp.search import CachedOracle, PrefixEvaluator, planned_evaluations, search
+from updp.search import CachedOracle, PrefixEvaluator, SharedOracle, planned_evaluations, search
 from updp.supernet import Supernet
 from updp.train import Plain, Progressive, Sandwich, Teacher
 
@@ -94,15 +95,16 @@ def find(context: Context) -> dict[str, Any]:
     network = context.trained_supernet().to(context.accelerator.device).eval()
     evaluator = _evaluator(context, network)
     file = context.run.file("search", "scores.jsonl") if context.is_main else None
-    oracle = CachedOracle(evaluator, file, _data_key(context))
+    oracle = CachedOracle(SharedOracle(evaluator, evaluator.order), file, _data_key(context))
     choices = {name: network.default_choice(name, record.recipe) for name in network.available}
     assert record.prune is not None
     settings = context.spec.schedule.search
+    shares = processes.agreed(evaluator.reason is None)
     planned = planned_evaluations(len(choices), record.prune, settings)
     with context.watch.task("search", planned) as advance:
         found = search(
             oracle, choices, record.prune, settings, context.seed, spec=context.spec.name,
-            exhaustive=None if evaluator.reason is None else False,  # enumeration pays where prefixes are shared
+            exhaustive=None if shares else False,  # enumeration pays where prefixes are shared
             on_generation=lambda generation: advance(generation.evaluations),
         )  # fmt: skip
     if context.is_main:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from updp import processes
 from updp.errors import InputError
 from updp.oracle import Score
 from updp.subnet import SubnetConfig
@@ -24,6 +25,8 @@ class Oracle(Protocol):
 
 class CachedOracle:
     """An oracle that remembers, in memory and in a file of one JSON object a line.
+
+    Of several processes only the first has the file; what it holds, all know.
 
     A line is written in one piece and synced before the score is used. Lines that cannot be read (a write cut short)
     and lines for other data are passed over.
@@ -43,7 +46,9 @@ class CachedOracle:
         self._oracle = oracle
         self._path = None if path is None else Path(path)
         self._data_key = data_key
-        self._scores = {} if self._path is None else _read(self._path, data_key)
+        known = {} if self._path is None else _read(self._path, data_key)
+        told = processes.agreed({key: _to_json(score) for key, score in known.items()})
+        self._scores = {key: _from_json(entry) for key, entry in told.items()}
         self.scored = 0
 
     def score(self, configs: Sequence[SubnetConfig]) -> list[Score]:

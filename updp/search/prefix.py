@@ -44,6 +44,7 @@ class PrefixEvaluator:
         block_evaluations: blocks run for scoring so far, as `count_block_evaluations` counts: "shared" is what was
             run, "unshared" what would have been run without sharing.
         reason: why nothing is shared; None when prefixes are.
+        order: the blocks in order of execution.
 
     Raises:
         InputError: no images, or a label that the network has no output for.
@@ -65,7 +66,7 @@ class PrefixEvaluator:
         if not self._score_batches or not self._calibration_batches:
             raise InputError("no images to score or calibrate subnets on")
         self._blocks = dict(supernet.blocks)
-        self._order: Path = tuple(self._blocks)
+        self.order: Path = tuple(self._blocks)
         self._norms = _norms_of(supernet)
         self._runner: StretchRunner | None = None
         with self._undisturbed():
@@ -74,7 +75,7 @@ class PrefixEvaluator:
             try:
                 runner = StretchRunner(supernet.model, self._blocks, [images, *self._chunks()])
                 self._check_resuming(runner, images)
-                self._runner, self._order = runner, runner.order
+                self._runner, self.order = runner, runner.order
             except UnresumableError as error:
                 self.reason = str(error)
 
@@ -85,7 +86,7 @@ class PrefixEvaluator:
             InputError: a config does not fit the supernet.
         """
         distinct = list(dict.fromkeys(configs))
-        shared, unshared = count_block_evaluations(distinct, self._order)
+        shared, unshared = count_block_evaluations(distinct, self.order)
         scores = None
         if self._runner is not None:
             try:
@@ -115,7 +116,7 @@ class PrefixEvaluator:
         with self._undisturbed():
             for config in configs:
                 self._supernet.set_subnet(config)  # refuses what does not fit
-            paths = [tuple(config.choice(block) for block in self._order) for config in configs]
+            paths = [tuple(config.choice(block) for block in self.order) for config in configs]
             with torch.autocast(self._device.type, enabled=False):
                 statistics = self._calibrate(runner, paths)
             tallies = {path: Tally() for path in paths}
@@ -131,7 +132,7 @@ class PrefixEvaluator:
         statistics: _Statistics,
         tallies: Mapping[Path, Tally],
     ) -> None:
-        end = len(self._order)
+        end = len(self.order)
         stack = [(list(tallies), 0, _Held([images], 1))]
         while stack:
             group, start, held = stack.pop()
@@ -190,12 +191,12 @@ class PrefixEvaluator:
         return [path for path in dict.fromkeys(p[:end] for p, end in zip(paths, ends, strict=True)) if path]
 
     def _norms_at(self, path: Path, position: int) -> list[_BatchNorm]:
-        return self._norms.get((self._order[position], path[position]), [])
+        return self._norms.get((self.order[position], path[position]), [])
 
     def _enter(self, path: Path, start: int, stop: int, statistics: _Statistics | None = None) -> None:
         """Choose the blocks of a stretch, and give their norms the statistics of this path."""
         for position in range(start, stop):
-            self._blocks[self._order[position]].active = path[position]
+            self._blocks[self.order[position]].active = path[position]
             norms = self._norms_at(path, position)
             if norms and statistics is not None:
                 buffers = [buffer for norm in norms for buffer in norm.buffers()]

@@ -29,14 +29,15 @@ Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def create_accelerator(precision: str = "no", *, cpu: bool = False) -> Accelerator:
     """Devices, processes and precision for `fit`.
 
-    Under several processes every step may leave other parameters without gradient, so that is declared here.
+    Under several processes every step may leave other parameters without gradient, so that is declared here. Buffers
+    are not sent around: they are the same in all, as the statistics are (`updp.train.statistics`).
 
     Raises:
         InputError: an unknown precision.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision: {suggest(precision, PRECISIONS)}")
-    processes = DistributedDataParallelKwargs(find_unused_parameters=True)
+    processes = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[processes])
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import skip_first_batches
 from torch import Tensor, nn
 
+from updp import processes
 from updp.errors import InputError, TrainingError
 from updp.spec import TrainSettings
 from updp.train.checkpoint import Checkpoints, fingerprint
@@ -82,7 +83,8 @@ def fit(
 
     Args:
         network: a timm model or a supernet; it ends in eval mode, with the averaged weights if there is ``ema``.
-        loader: batches ``(images (N, C, H, W), targets (N,))``; a DataLoader is split between processes.
+        loader: batches ``(images (N, C, H, W), targets (N,))``; what is not shared out between processes already
+            (`updp.data.loader`) is split so that they take batches in turn.
         evaluate: called with the (averaged) network after the last epoch, and every ``eval_every`` if that is not 0.
         checkpoints: where the training's state is kept, to go on from; they stay when it is done.
 
@@ -90,10 +92,13 @@ def fit(
         TrainingError: a loss is not finite.
         InputError: no batches, settings that timm refuses, or checkpoints of another training.
     """
-    loader = accelerator.prepare(loader)
+    weight = getattr(loader, "weight", None)
+    if weight is None or accelerator.num_processes == 1:
+        loader = accelerator.prepare(loader)
     if not len(loader):
         raise InputError("no batch to train on: there are fewer images than one batch takes")
     session = Session(network, settings, accelerator=accelerator, seed=seed, steps_per_epoch=len(loader))
+    session.weight = weight or 1.0
     watch = progress if progress is not None and accelerator.is_main_process else _Silent()
     training = _Training(session, policy, loader, watch, evaluate, eval_every, _Keeper(checkpoints, session, policy))
     watch.on_start(settings.epochs * len(loader), policy.title)
@@ -115,8 +120,9 @@ class _Keeper:
         # Asking all processes takes time: only now and then.
         self.every = 1 if session.accelerator.num_processes == 1 else _CHECK_EVERY
         if checkpoints is not None:
+            # Not how many processes there are: they share the same batches, and another number may go on.
             parts = (policy.title, policy.key(), session.settings, session.seed, session.steps_per_epoch,
-                     session.accelerator.num_processes, session.accelerator.mixed_precision)  # fmt: skip
+                     session.accelerator.mixed_precision)  # fmt: skip
             self.key = fingerprint(session.network.state_dict(), *parts)
 
     @property
@@ -126,7 +132,12 @@ class _Keeper:
 
     def latest(self) -> dict[str, Any] | None:
         """The state to go on from, or None."""
-        saved = None if self.checkpoints is None else self.checkpoints.latest(self.key)
+        if self.checkpoints is None:
+            return None
+        saved = self.checkpoints.latest(self.key)
+        found = processes.gathered(None if saved is None else int(saved["updates"]))
+        if len(set(found)) > 1:
+            raise InputError(f"{self.checkpoints.folder}: processes see different states there: {found}; go on later")
         if saved is not None:
             self.earlier = saved["seconds"]
         return saved
@@ -235,7 +246,9 @@ class _Ledger:
         self.latest: float | None = None
         if before is not None:
             self.added = self.checked = before.shape[1]
-            self.losses[: self.added] = before[session.accelerator.process_index].to(device)
+            own = session.accelerator.process_index
+            same = len(before) == session.accelerator.num_processes  # otherwise others trained: their means are told
+            self.losses[: self.added] = (before[own] if same else before.mean(0)).to(device)
 
     def add(self, losses: list[Tensor]) -> None:
         torch.stack(losses, out=self.losses[self.added])

@@ -24,6 +24,7 @@ from updp.train.factory import (
     optimizer_state,
     restore_optimizer,
 )
+from updp.train.statistics import statistics_of_all
 
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """The loss of answers and targets."""
@@ -59,6 +60,7 @@ class Session:
         accelerator: device, processes, precision.
         optimizer, scheduler: timm's; None before `connect`, the scheduler also where the settings have none.
         average: timm's moving average of the weights, or None.
+        weight: of this process's losses: its images to those of the mean process, if batches are not shared equally.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Session:
         self.accelerator = accelerator
         self.seed = seed
         self.steps_per_epoch = steps_per_epoch
+        self.weight = 1.0
         self.updates = 0
         self.optimizer: Any = None
         self.scheduler: Any = None
@@ -170,8 +173,10 @@ class Session:
         assert self._forward is not None
         criterion = criterion or self.criterion
         with nullcontext() if last else self.accelerator.no_sync(self._forward):
-            loss = criterion(self._forward(images), targets)
-            self.accelerator.backward(loss)
+            with statistics_of_all():
+                answers = self._forward(images)
+            loss = criterion(answers, targets)
+            self.accelerator.backward(loss if self.weight == 1 else loss * self.weight)
         return loss.detach()
 
     def update(self) -> None:
