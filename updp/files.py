@@ -96,6 +96,12 @@ def json_text(data: Any) -> str:
     return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def json_line(data: Any) -> str:
+    """The same on one line, whatever the texts in it hold."""
+    text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, default=str)
+    return text.encode("utf-8", "replace").decode("utf-8") + "\n"
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}

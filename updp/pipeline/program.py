@@ -1,4 +1,4 @@
-"""How the program is called, for messages that show a command to type."""
+"""How the program is called, for messages that show a command to type, and which process of a launch this is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+_arguments: list[str] | None = None
 
 
 def program() -> str:
@@ -17,6 +20,22 @@ def program() -> str:
     if started.name == "__main__.py" and started.parent.name == "updp":
         return f"{_nearest(sys.executable)} -m updp"
     return _nearest(str(started)) if started.stem == "updp" else "updp"
+
+
+def remember(arguments: Sequence[str] | None) -> None:
+    """Keep the arguments that the program was called with; None are those of this process."""
+    global _arguments
+    _arguments = list(sys.argv[1:] if arguments is None else arguments)
+
+
+def command_line() -> str:
+    """The command that is running, as it would be typed."""
+    return shlex.join(sys.argv) if _arguments is None else f"{program()} {shlex.join(_arguments)}"
+
+
+def is_first() -> bool:
+    """Whether this is the only process of a launch, or the one that speaks and writes: launchers number them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _nearest(file: str) -> str:
