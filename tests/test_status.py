@@ -18,8 +18,10 @@ from fake_run import STAGES, write_run
 
 from updp.errors import InputError
 from updp.pipeline import lock as lock_module
+from updp.pipeline import scalars as scalars_module
 from updp.pipeline.lock import check_free, holder, locked
 from updp.pipeline.log import logged
+from updp.pipeline.scalars import Scalars, with_scalars
 from updp.pipeline.watch import Pace, Relay, Watch
 from updp.report.progress import LOG, read_progress
 
@@ -361,3 +363,58 @@ def test_a_real_run_is_seen_and_locked_and_ends_with_sigterm(tmp_path, call):
     assert len(err.splitlines()) == 2
     assert seen_by_status(call, out)["state"] == "stopped"
     assert not (out / "lock").exists()
+
+
+# --- TensorBoard ---
+
+
+class Writer:
+    """In the place of torch's writer, which needs the package."""
+
+    def __init__(self) -> None:
+        self.written: list[tuple[str, float, int]] = []
+        self.full = self.closed = False
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.written.append((name, value, step))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_tensorboard_gets_the_numbers_of_steps_epochs_and_results(tmp_path):
+    writer, watch = Writer(), Notes()
+    scalars = Scalars(writer, watch)
+    work(tmp_path, scalars)
+    scalars.on_result("finetune", {"top1": 91.5, "history": [], "seconds": 3.0}, fresh=True)
+    names = [name for name, _, _ in writer.written]
+    assert {"finetune/loss", "finetune/lr", "finetune/epoch_top1", "finetune/top1"} <= set(names)
+    assert ("finetune/epoch_top1", 91.5, 4) in writer.written
+    scalars.close()
+    assert writer.closed
+    writer.full = True
+    scalars.on_epoch({"epoch": 2, "top1": 92.0})
+    scalars.on_epoch({"epoch": 3, "top1": 93.0})
+    assert watch.notes == ["no more for TensorBoard: No space left on device"]
+
+
+@pytest.mark.parametrize("command", ["run", "calibrate", "train", "finetune"])
+def test_without_the_package_nothing_begins(tmp_path, call, monkeypatch, command):
+    monkeypatch.setattr(scalars_module, "find_spec", lambda name: None)
+    arguments = {
+        "run": tiny_run(tmp_path / "out"),
+        "calibrate": ["calibrate", "none", "--weights", "none", "--data", "none", "--out", tmp_path / "out"],
+    }.get(command, [command, tmp_path / "out"])
+    told = ("--tensorboard: tensorboard is not installed (pip install 'updp[tensorboard]')",)
+    call.refuses(*arguments, "--tensorboard", names=told)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchs_own_writer(tmp_path):
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    with with_scalars(tmp_path, Watch()) as watch:
+        work(tmp_path, watch)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert b"finetune/epoch_top1" in file.read_bytes()

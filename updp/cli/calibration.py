@@ -10,7 +10,7 @@ import typer
 from updp.cli.console import err, guarded, out, print_json
 from updp.cli.networks import Json, Settings, Spec
 from updp.cli.progress import ConsoleWatch
-from updp.cli.runs import CONTINUE, WEIGHTS, SaveEvery, do, how_often, stages_until
+from updp.cli.runs import CONTINUE, WEIGHTS, SaveEvery, TensorBoard, check_extras, do, how_often, stages_until
 from updp.errors import InputError
 
 
@@ -68,6 +68,7 @@ def calibrate(
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads.")] = None,
     precision: Precision = None,
     save_every: SaveEvery = None,
+    tensorboard: TensorBoard = False,
     json: Json = False,
 ) -> None:
     """Prune a pretrained network in minutes: no training, no labels.
@@ -80,6 +81,7 @@ def calibrate(
     from updp.pipeline import Calibration
     from updp.pipeline.prepare import Request, prepare
 
+    check_extras(tensorboard)
     cost = parse_budget(budget)
     stages = stages_until(until, ("baseline", "damage", "calibrate", "merge"))
     asked = Calibration(images, cost.get("macs"), cost.get("latency"), candidates, judge)
@@ -88,6 +90,6 @@ def calibrate(
         spec, data, out_dir, prune, recipe, weights, None, tuple(settings or ()), seed, threads, "cpu", precision, asked
     )
     directory = prepare(request, watch)
-    do(directory, stages, watch, every, quiet=json)
+    do(directory, stages, watch, every, quiet=json, tensorboard=tensorboard)
     if json:
         print_json({stage: directory.result(stage) for stage in stages})
