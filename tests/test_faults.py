@@ -1,7 +1,6 @@
 """What breaks around a run: the disk, the images. One message, nothing lost, and the same command goes on."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +8,11 @@ from pathlib import Path
 import pytest
 from commands import Caller, contents, options, tiny_run
 from PIL import Image
+from sklearn.datasets import load_digits
 
-from updp.data import loader
-from updp.data.factory import open_factory  # noqa: F401
+from updp.cli.progress import ConsoleWatch
 from updp.pipeline import context as context_module
+from updp.pipeline import stages
 
 ROOT = Path(__file__).parents[1]
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -85,3 +85,51 @@ def test_a_read_only_file_system(on_a_small_disk):
     assert "waiting" in seen["status"]["out"], seen["status"]
     assert seen["again"]["status"] == 0, seen["again"]
     assert "supernet/result.json" in seen["again"]["files"]
+
+
+# --- the images ---
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Digits as files: eight of each class to learn from, two to judge on."""
+    digits = load_digits()
+    for label in range(10):
+        pictures = digits.images[digits.target == label][:10]
+        for number, pixels in enumerate(pictures):
+            file = tmp_path / "images" / ("train" if number < 8 else "val") / str(label) / f"{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((pixels * 15.9).astype("uint8")).resize((32, 32)).convert("RGB").save(file)
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_break_or_go_in_the_middle_of_a_run(tmp_path, call, monkeypatch, photographs, workers):
+    """A truncated file, then a folder that goes during a run; after each repair the same command goes on."""
+    for module in (context_module, stages):
+        monkeypatch.setattr(module, "workers_for", lambda spec: workers)
+    settings = ["baseline.batch_size=16", "train.hflip=0.5"]  # drawn at random: images are read in every epoch
+    arguments = tiny_run(tmp_path / "run", "--data", f"folder:{photographs}", *options(settings), "--until", "baseline")
+    broken = photographs / "train" / "3" / "5.jpg"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    call.refuses(*arguments, names=(f"{broken}: cannot be read as an image: ", "runcated"))
+    told = call("status", tmp_path / "run").out
+    assert "failed, last seen at work" in told
+    assert f"last error   {broken}: cannot be read as an image" in told
+    assert "baseline/result.json" not in contents(tmp_path / "run")
+    broken.write_bytes(whole)
+
+    def goes(self: ConsoleWatch, record: dict) -> None:
+        photographs.rename(tmp_path / "elsewhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ConsoleWatch, "on_epoch", goes)
+        err = call.refuses(*arguments, names=(f"error: {photographs}/train/", "cannot be read: No such file or"))
+    assert len(err.splitlines()) == 1
+    call.refuses(*arguments, names=(f"{photographs}: no such folder",))
+    call.refuses("train", tmp_path / "run", names=(f"{photographs}: no such folder",))
+    (tmp_path / "elsewhere").rename(photographs)
+    done = call(*arguments)
+    assert done.status == 0, done
+    assert "baseline/result.json" in contents(tmp_path / "run")
