@@ -23,6 +23,7 @@ from updp.pipeline.lock import check_free, holder, locked
 from updp.pipeline.log import logged
 from updp.pipeline.scalars import Scalars, with_scalars
 from updp.pipeline.watch import Pace, Relay, Watch
+from updp.report import report
 from updp.report.progress import LOG, read_progress
 
 ROOT = Path(__file__).parents[1]
@@ -418,3 +419,12 @@ def test_torchs_own_writer(tmp_path):
         work(tmp_path, watch)
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"finetune/epoch_top1" in file.read_bytes()
+
+
+def test_the_page_tells_how_far_an_unfinished_stage_is(tmp_path):
+    run = write_run(tmp_path / "run", STAGES[:3])
+    with logged(run, STAGES, Watch()) as log:
+        work(run, log, steps=8)
+    page = report(run).read_text(encoding="utf-8")
+    assert "begun, epoch 1, 12% of finetune, best top-1 91.50 %" in page
+    assert "not finished" in page
