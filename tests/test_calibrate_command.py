@@ -81,7 +81,7 @@ def test_it_is_a_run(done, call):
     assert run.record.stages == STAGES
     assert all(run.result(stage) for stage in STAGES)
     assert {name for name in contents(done) if "." in name and "/" not in name} == {
-        "run.json", "spec.yaml", "report.html",
+        "run.json", "spec.yaml", "report.html", "log.jsonl",
     }  # fmt: skip
     assert {"calibrate/subnet.json", "calibrate/weights.safetensors", "damage/table.json"} <= set(contents(done))
 

@@ -77,7 +77,7 @@ def tensors(directory: Path) -> dict[str, dict[str, bytes]]:
 
 def test_a_run_leaves_its_products(finished):
     assert set(contents(finished)) == {
-        "run.json", "spec.yaml", "report.html",
+        "run.json", "spec.yaml", "report.html", "log.jsonl",
         "baseline/weights.safetensors", "supernet/weights.safetensors", "finetune/weights.safetensors",
         "search/subnet.json", "search/scores.jsonl", "merge/merged.safetensors", "merge/merged.source.safetensors",
         "merge/merged.onnx", *(f"{stage}/result.json" for stage in SEARCHED),

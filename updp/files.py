@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system refuses even what is not there, and hides why
+            temporary.unlink()
 
 
 def check_writable(path: str | Path) -> None:
@@ -94,6 +95,12 @@ def sha256(path: str | Path) -> str:
 def json_text(data: Any) -> str:
     """JSON for people and programs; numbers that JSON does not have become null."""
     return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def json_line(data: Any) -> str:
+    """The same on one line, whatever the texts in it hold."""
+    text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, default=str)
+    return text.encode("utf-8", "replace").decode("utf-8") + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """The ``updp`` command. Each command's work is elsewhere; here are options, tables and exit statuses.
 
-0: done; 1: the work itself failed; 2: bad input; 130: interrupted.
+0: done; 1: the work itself failed; 2: bad input; 130: interrupted; 143: ended by SIGTERM, as schedulers send it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 
 from updp import __version__
-from updp.cli import about, calibration, networks, runs, tables
-from updp.cli.console import remember
+from updp.cli import about, calibration, networks, runs, status, tables
 from updp.cli.modules import with_modules
 from updp.errors import UpdpError
+from updp.pipeline.program import remember
 from updp.spec import list_specs
 
 app = typer.Typer(
@@ -57,6 +57,7 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
             "updp calibrate {spec} --weights W --data folder:IMAGES --prune 4 --out calibrated",
         ),
         "merge": (networks.merge, "updp merge {spec} --subnet subnet.json --out net.safetensors"),
+        "status": (status.status, "updp status runs/first"),
         "report": (runs.report, "updp report runs/first"),
     },
     _NETWORKS: {
@@ -74,6 +75,9 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
 }
 
 
+_READERS = (runs.report, status.status)  # build no network
+
+
 def _small_spec() -> str:
     """A shipped spec that trains anywhere, for examples."""
     try:
@@ -88,7 +92,7 @@ def _register() -> None:
     for panel, commands in _COMMANDS.items():
         for name, (command, example) in commands.items():
             epilog = f"Example: [bold]{example.format(spec=spec)}[/bold]"
-            whole = command if panel == _ABOUT or command is runs.report else with_modules(command)
+            whole = command if panel == _ABOUT or command in _READERS else with_modules(command)
             app.command(name, rich_help_panel=panel, epilog=epilog)(whole)
 
 

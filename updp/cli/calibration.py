@@ -10,7 +10,7 @@ import typer
 from updp.cli.console import FIRST, err, guarded, out, print_json
 from updp.cli.networks import Json, Settings, Spec
 from updp.cli.progress import ConsoleWatch
-from updp.cli.runs import CONTINUE, WEIGHTS, SaveEvery, do, how_often, stages_until
+from updp.cli.runs import CONTINUE, WEIGHTS, SaveEvery, TensorBoard, check_extras, do, how_often, stages_until
 from updp.errors import InputError
 
 
@@ -68,6 +68,7 @@ def calibrate(
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads.")] = None,
     precision: Precision = None,
     save_every: SaveEvery = None,
+    tensorboard: TensorBoard = False,
     json: Json = False,
 ) -> None:
     """Prune a pretrained network in minutes: no training, no labels.
@@ -81,6 +82,7 @@ def calibrate(
     from updp.pipeline.prepare import Request, prepare
     from updp.processes import together
 
+    check_extras(tensorboard)
     cost = parse_budget(budget)
     stages = stages_until(until, ("baseline", "damage", "calibrate", "merge"))
     asked = Calibration(images, cost.get("macs"), cost.get("latency"), candidates, judge)
@@ -90,6 +92,6 @@ def calibrate(
     )
     with together():
         directory = prepare(request, watch)
-        do(directory, stages, watch, every, quiet=json)
+        do(directory, stages, watch, every, quiet=json, tensorboard=tensorboard)
     if json and FIRST:
         print_json({stage: directory.result(stage) for stage in stages})

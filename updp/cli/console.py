@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TextIO
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn, ParamSpec, TextIO
 
 import typer
 from rich.console import Console, JustifyMethod
@@ -16,11 +19,12 @@ from rich.text import Text
 
 from updp.errors import InputError, ProcessError, UpdpError
 from updp.files import json_text
-from updp.pipeline.program import launched
+from updp.pipeline.program import command_line, is_first
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
+TERMINATED = 128 + signal.SIGTERM
 
-FIRST = os.environ.get("RANK", "0") == "0"  # of several processes, as launchers number them, one speaks
+FIRST = is_first()
 SEVERAL = int(os.environ.get("WORLD_SIZE", "1")) > 1
 if SEVERAL:  # before torch is there: it would warn of what every training does
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -41,29 +45,28 @@ P = ParamSpec("P")
 def guarded(
     again: str = "Nothing was left half-written.",
 ) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Make a command end as commands do: an error is one message and its exit status, Ctrl-C is 130.
+    """Make a command end as commands do: an error is one message and its exit status, Ctrl-C is 130, SIGTERM 143.
 
     Args:
-        again: what to say after Ctrl-C.
+        again: what to say after Ctrl-C and SIGTERM.
     """
 
     def decorate(command: Callable[P, None]) -> Callable[P, None]:
         @functools.wraps(command)
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
-            try:
-                command(*args, **kwargs)
-            except UpdpError as error:
-                tells, status = _verdict(error.exit_status)
-                if tells:
-                    show_error(error)
-                    if isinstance(error, ProcessError):
-                        _show_how_to_go_on("", again)
-                raise typer.Exit(status) from None
-            except KeyboardInterrupt:
-                tells, status = _verdict(INTERRUPTED)
-                if tells:
-                    _show_how_to_go_on("Interrupted. ", again)
-                raise typer.Exit(status) from None
+            with _terminable():
+                try:
+                    command(*args, **kwargs)
+                except (Exception, KeyboardInterrupt) as error:
+                    if isinstance(error, typer.Exit):
+                        raise
+                    if _received:  # whatever else went wrong: its workers and libraries got the signal, too
+                        _stopped("Terminated (SIGTERM). ", again, TERMINATED)
+                    if isinstance(error, KeyboardInterrupt):
+                        _stopped("Interrupted. ", again, INTERRUPTED)
+                    if not isinstance(error, UpdpError):
+                        raise
+                    _failed(error, again)
 
         return run
 
@@ -79,23 +82,56 @@ def _verdict(status: int) -> tuple[bool, int]:
     return verdict(status)
 
 
+def _failed(error: UpdpError, again: str) -> NoReturn:
+    """Say what went wrong; how to go on, where that is no fault of the command's."""
+    tells, status = _verdict(error.exit_status)
+    if tells:
+        show_error(error)
+        if isinstance(error, ProcessError):
+            _show_how_to_go_on("", again)
+    raise typer.Exit(status) from None
+
+
+def _stopped(how: str, again: str, status: int) -> NoReturn:
+    """Say that the command was stopped, and how to go on; of several processes one says it for all."""
+    tells, status = _verdict(status)
+    if tells:
+        _show_how_to_go_on(how, again)
+    raise typer.Exit(status) from None
+
+
 def _show_how_to_go_on(why: str, again: str) -> None:
     line(err, why, again, style="bold yellow")
     line(err, "  ", command_line(), rest="bold")
 
 
-_arguments: list[str] | None = None
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end, as Slurm and torchrun do: work ends as with Ctrl-C."""
 
 
-def remember(arguments: Sequence[str] | None) -> None:
-    """Keep the arguments that the program was called with, to show them."""
-    global _arguments
-    _arguments = None if arguments is None else list(arguments)
+_received: list[int] = []
 
 
-def command_line() -> str:
-    """The command that is running, as it would be typed."""
-    return f"{launched()} {shlex.join(sys.argv[1:] if _arguments is None else _arguments)}"
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough: ending is under way
+    _received.append(number)
+    raise Terminated("SIGTERM")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`; not where a program has its own handler."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    _received.clear()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def show_error(error: UpdpError) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +45,9 @@ SaveEvery = Annotated[
     str | None,
     typer.Option(metavar="TIME|STEPS", help="Keep a training's state so often: 90s, 10m, 2h or 500; 5m if left out."),
 ]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Write losses and accuracies for TensorBoard, to DIR/tensorboard.")
+]
 CALIBRATED = "calibrated"
 Init = Annotated[
     str | None,
@@ -73,6 +77,7 @@ def run(
     precision: Precision = None,
     init: Init = None,
     save_every: SaveEvery = None,
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Train a network, prune K of its blocks, train on, merge, and measure what was gained.
 
@@ -84,6 +89,7 @@ def run(
     from updp.pipeline.prepare import Request, prepare
     from updp.processes import together
 
+    check_extras(tensorboard)
     calibration = Calibration(finetune=True) if init == CALIBRATED else None
     stages = stages_until(until, STAGES if init else SEARCHED)
     every, watch = how_often(save_every), ConsoleWatch(out)
@@ -93,7 +99,19 @@ def run(
         None if init is None or calibration else Path(init),
     )  # fmt: skip
     with together():
-        do(prepare(request, watch), stages, watch, every)
+        do(prepare(request, watch), stages, watch, every, tensorboard=tensorboard)
+
+
+def check_extras(tensorboard: bool) -> None:
+    """Before any work: that what an option needs is installed.
+
+    Raises:
+        InputError: it is not.
+    """
+    if tensorboard:
+        from updp.pipeline.scalars import check_tensorboard
+
+        check_tensorboard()
 
 
 def how_often(text: str | None) -> Every | None:
@@ -122,12 +140,12 @@ def stages_until(last: str, stages: Sequence[str]) -> Sequence[str]:
 
 
 @guarded(again=CONTINUE)
-def train(directory: Directory, save_every: SaveEvery = None) -> None:
+def train(directory: Directory, save_every: SaveEvery = None, tensorboard: TensorBoard = False) -> None:
     """Do the stages baseline and supernet of a run: all that a search needs.
 
     `updp run … --until baseline` makes a run that stops early.
     """
-    _stage(directory, ("baseline", "supernet"), save_every)
+    _stage(directory, ("baseline", "supernet"), save_every, tensorboard)
 
 
 @guarded(again=CONTINUE)
@@ -137,9 +155,9 @@ def search(directory: Directory) -> None:
 
 
 @guarded(again=CONTINUE)
-def finetune(directory: Directory, save_every: SaveEvery = None) -> None:
+def finetune(directory: Directory, save_every: SaveEvery = None, tensorboard: TensorBoard = False) -> None:
     """Do the stage finetune of a run: train from the baseline's blocks to the pruned ones."""
-    _stage(directory, ("finetune",), save_every)
+    _stage(directory, ("finetune",), save_every, tensorboard)
 
 
 @guarded()
@@ -159,25 +177,28 @@ def merge_run(directory: Path) -> None:
     _stage(directory, ("merge",))
 
 
-def _stage(directory: Path, stages: Sequence[str], save_every: str | None = None) -> None:
+def _stage(directory: Path, stages: Sequence[str], save_every: str | None = None, tensorboard: bool = False) -> None:
     from updp.pipeline import RunDirectory
     from updp.processes import together
 
+    check_extras(tensorboard)
     every = how_often(save_every)
     with together():
-        do(RunDirectory.open(directory), stages, ConsoleWatch(out), every)
+        do(RunDirectory.open(directory), stages, ConsoleWatch(out), every, tensorboard=tensorboard)
 
 
 def do(
     directory: RunDirectory, stages: Sequence[str], watch: ConsoleWatch, every: Every | None = None,
-    *, quiet: bool = False,
+    *, quiet: bool = False, tensorboard: bool = False,
 ) -> None:  # fmt: skip
     """Do stages of a run, write its page, and say what it came to."""
     from updp.pipeline.run import run as run_stages
+    from updp.pipeline.scalars import with_scalars
 
     if not quiet:
         show_header(directory)
-    run_stages(directory, stages, watch, every)
+    with with_scalars(directory.path, watch) if tensorboard else nullcontext(watch) as told:
+        run_stages(directory, stages, told, every)
     if FIRST:
         _report(directory, watch)
     if not quiet:

@@ -29,7 +29,7 @@ def show_header(run: RunDirectory) -> None:
     record = run.record
     given = ", ".join(name for name in ("weights", "subnet") if getattr(record, name))
     recipe = f" under {record.recipe}" if record.recipe else ""
-    what = f" on {record.data}: prune {_how_much(record)}{recipe}"
+    what = f" on {record.data}: prune {how_much(record)}{recipe}"
     line(out, record.spec, what, style="bold")
     parts = [record.device, f"{record.threads} threads", f"seed {record.seed}"]
     parts += ["bf16"] if record.precision == "bf16" else []
@@ -40,7 +40,7 @@ def show_header(run: RunDirectory) -> None:
         line(out, "set " + " ".join(record.settings), style="dim")
 
 
-def _how_much(record: RunRecord) -> str:
+def how_much(record: RunRecord) -> str:
     """``4 of 17 blocks``, and within which budget."""
     calibration = record.calibration
     budgets = {name: getattr(calibration, name, None) for name in ("macs", "latency")}

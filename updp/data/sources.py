@@ -132,6 +132,8 @@ def read_image(images: Images, index: int, mode: str) -> tuple[Image.Image, int]
         image, label = images.load(index)
         return image.convert(mode), label
     except Exception as error:  # decoders raise anything from OSError to SyntaxError and struct.error
+        if isinstance(error, OSError) and error.strerror:  # the file system's word, which names the file once more
+            raise ImageError(f"{images.name(index)}: cannot be read: {error.strerror}") from error
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ImageError(f"{images.name(index)}: cannot be read as an image: {reason}") from error
 

@@ -21,6 +21,7 @@ from updp.measure import environment
 from updp.packaged import find_weights, known_names
 from updp.pipeline.context import absolute, open_for, open_images
 from updp.pipeline.directory import Calibration, RunDirectory, RunRecord, is_seed
+from updp.pipeline.lock import check_free, locked
 from updp.pipeline.opening import candidates, check_enough, check_prunable, init_record, open_init, with_judge
 from updp.pipeline.settings import composed_at_start, resolve, split_settings
 from updp.pipeline.watch import Watch
@@ -83,6 +84,7 @@ def prepare(request: Request, watch: Watch | None = None) -> RunDirectory:
     found = _Findings()
     existing = None
     with found.part():
+        check_free(request.out)
         existing = _existing(request.out)
     if existing is not None:
         request = _completed(request, existing)
@@ -190,7 +192,8 @@ def _taken_up(existing: RunDirectory, record: RunRecord, request: Request, watch
         watch.on_note("another choice of blocks: what was measured is kept, the rest of the run begins anew")
         processes.wait()
         if processes.is_first():
-            existing.renewed(other)
+            with locked(existing.path, watch):
+                existing.renewed(other)
         processes.wait()
         return RunDirectory.open(existing.path)
     return existing

@@ -1,4 +1,4 @@
-"""How the program is called, for messages that show a command to type."""
+"""How the program is called, for messages that show a command to type, and which process of a launch this is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+_arguments: list[str] | None = None
 
 
 def program() -> str:
@@ -23,6 +26,22 @@ def launched() -> str:
     """The program and what launched its processes, where they are on one host."""
     here, all_of_them = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     return f"torchrun --nproc-per-node {here} -m updp" if here == all_of_them > 1 else program()
+
+
+def remember(arguments: Sequence[str] | None) -> None:
+    """Keep the arguments that the program was called with; None are those of this process."""
+    global _arguments
+    _arguments = list(sys.argv[1:] if arguments is None else arguments)
+
+
+def command_line() -> str:
+    """The command that is running, as it would be typed."""
+    return shlex.join(sys.argv) if _arguments is None else f"{launched()} {shlex.join(_arguments)}"
+
+
+def is_first() -> bool:
+    """Whether this is the only process of a launch, or the one that speaks and writes: launchers number them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _nearest(file: str) -> str:

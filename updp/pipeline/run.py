@@ -10,6 +10,8 @@ from updp.errors import InputError, suggest
 from updp.pipeline import calibrating, finish, stages
 from updp.pipeline.context import Context
 from updp.pipeline.directory import RunDirectory
+from updp.pipeline.lock import locked
+from updp.pipeline.log import logged
 from updp.pipeline.program import program
 from updp.pipeline.watch import Watch
 from updp.report.read import STAGES
@@ -42,6 +44,7 @@ def run(
 
     Raises:
         InputError: a stage that comes before is not finished and not wanted, or the run has no such stage.
+            Or another process is at work there.
         UpdpError: the work itself failed. What is finished stays finished.
     """
     watch = watch or Watch()
@@ -54,12 +57,22 @@ def run(
         why = "has a given subnet" if directory.record.subnet else f"has the stages {', '.join(order)}"
         raise InputError(f"{directory.path}: the run {why}: it needs no {' and no '.join(wanted)}")
     _check_order(directory, order, due)
+    if processes.agreed(all(directory.result(stage) is not None for stage in due)):
+        _work(directory, due, watch, every or USUAL)
+        return
+    with locked(directory.path, watch), logged(directory.path, due, watch) as watch:
+        _check_unchanged(directory)
+        _work(directory, due, watch, every or USUAL)
+
+
+def _work(directory: RunDirectory, due: Sequence[str], watch: Watch, every: Every) -> None:
+    order = directory.record.stages
     context: Context | None = None
     for stage in due:
         result = directory.result(stage)
         fresh = processes.agreed(result is None)
         if fresh or result is None:
-            context = context or _opened(directory, watch, every or USUAL)
+            context = context or _opened(directory, watch, every)
             context.watch.on_stage(stage, order.index(stage) + 1, len(order))
             result = _do(context, stage)
         (context.watch if context else watch).on_result(stage, result, fresh=fresh)
@@ -70,6 +83,12 @@ def _opened(directory: RunDirectory, watch: Watch, every: Every) -> Context:
     if context.is_main:
         directory.sweep()
     return context
+
+
+def _check_unchanged(directory: RunDirectory) -> None:
+    """Between opening a run and locking it, another may have chosen other blocks."""
+    if RunDirectory.open(directory.path).record != directory.record:
+        raise InputError(f"{directory.path}: was changed by another run in the meantime; do the command again")
 
 
 def _do(context: Context, stage: str) -> dict[str, Any]:

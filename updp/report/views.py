@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from updp.report import words
 from updp.report.figures import BASELINE, MERGED, network_latency
 from updp.report.network import op_name
+from updp.report.progress import read_progress
 from updp.report.read import Record, Run
 from updp.spec import ArchSpec
 
@@ -137,9 +138,21 @@ def stage_rows(run: Run) -> list[StageRow]:
         if name in run.stages:
             note = " · ".join(part for part in (words.duration(result.number("seconds")), outcome) if part)
         else:
-            note = "left out: the subnet was given" if name in run.left_out else "not finished"
+            note = "left out: the subnet was given" if name in run.left_out else _in_work(run, name)
         rows.append(StageRow(name, name in run.stages, note))
     return rows
+
+
+def _in_work(run: Run, stage: str) -> str:
+    """How far a stage that is not finished was when the page was written."""
+    progress = read_progress(run.directory)
+    if progress.stage != stage:
+        return "not finished"
+    epoch = [] if progress.epoch is None else [f"epoch {progress.epoch:g}"]
+    part = [] if progress.part is None else [f"{progress.part:.0%} of {progress.title or stage}"]
+    best = max(progress.top1s.values(), default=None)
+    top1 = [] if best is None else [f"best top-1 {words.percent(best)}"]
+    return ", ".join(["begun", *epoch, *part, *top1])
 
 
 def _outcome(*figures: tuple[str, float | None]) -> str:
