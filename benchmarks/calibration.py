@@ -50,7 +50,8 @@ from updp.pipeline import Calibration
 from updp.pipeline.calibrating import Task
 from updp.pipeline.context import Context, open_for
 from updp.pipeline.directory import RunDirectory
-from updp.pipeline.prepare import Request, choose_device, model_with_weights, prepare
+from updp.pipeline.given import model_with_weights
+from updp.pipeline.prepare import Request, choose_device, prepare
 from updp.pipeline.run import run
 from updp.pipeline.settings import composed_at_start, resolve
 from updp.spec import ArchSpec, load_spec

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from updp import packaged
 from updp.errors import InputError
 from updp.packaged import Names, find_weights, known_names, list_packaged, load_packaged, read_packaged
-from updp.pipeline.prepare import model_with_weights
+from updp.pipeline.given import model_with_weights
 from updp.randomize import randomize
 from updp.spec import list_specs, load_spec, specs_directory
 from updp.structure import create_model

@@ -31,6 +31,9 @@ def parse_budget(text: str | None) -> dict[str, float]:
     return budget
 
 
+Images: TypeAlias = Annotated[
+    str, typer.Option(metavar="IMAGES", help="folder:PATH (no labels needed), npz:PATH, digits, or a timm name.")
+]
 Budget: TypeAlias = Annotated[
     str | None, typer.Option(metavar="B", help="At most this part of the baseline's cost: macs=0.8x, latency=0.6x.")
 ]
@@ -52,9 +55,7 @@ Precision: TypeAlias = Annotated[
 def calibrate(
     spec: Spec,
     weights: Annotated[str, typer.Option(metavar="W", help=f"{WEIGHTS}.")],
-    data: Annotated[
-        str, typer.Option(metavar="IMAGES", help="folder:PATH (no labels needed), npz:PATH, digits, or a timm name.")
-    ],
+    data: Images,
     out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, or that of this calibration.")],
     prune: Annotated[int | None, typer.Option(metavar="K", help="How many blocks to prune.")] = None,
     budget: Budget = None,

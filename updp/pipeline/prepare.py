@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from updp import processes
-from updp.artefact import load_state, read_weights
 from updp.conformance import check_spec
 from updp.data import Data
 from updp.errors import InputError, Place, Problem, suggest
 from updp.files import sha256
 from updp.measure import environment
-from updp.packaged import find_weights, known_names
+from updp.packaged import find_weights
 from updp.pipeline.context import absolute, open_for, open_images
 from updp.pipeline.directory import Calibration, RunDirectory, RunRecord, is_seed
+from updp.pipeline.given import model_with_weights, num_classes_of
 from updp.pipeline.lock import check_free, locked
 from updp.pipeline.opening import candidates, check_enough, check_prunable, init_record, open_init, with_judge
 from updp.pipeline.settings import composed_at_start, resolve, split_settings
@@ -279,7 +279,7 @@ def _examine(
         file = find_weights(request.weights, spec.model.name)
         weights = {"file": str(file.absolute()), "sha256": sha256(file)}
     record = RunRecord(
-        spec=spec.name, spec_hash=spec.hash, data=absolute(request.data), num_classes=_num_classes(model),
+        spec=spec.name, spec_hash=spec.hash, data=absolute(request.data), num_classes=num_classes_of(model),
         prune=prune, recipe=request.recipe, settings=tuple(split_settings(settings)[1]),
         seed=spec.schedule.seed, threads=torch.get_num_threads(), device=where[0],
         precision=where[1], weights=weights,
@@ -333,48 +333,6 @@ def _model(spec: ArchSpec, weights: str | Path | None, data: Data | None, plain_
     if weights is None:
         return plain_model if data is None else create_model(spec, num_classes=data.num_classes)
     return model_with_weights(spec, weights, data)
-
-
-def model_with_weights(spec: ArchSpec, weights: str | Path, data: Data | None) -> nn.Module:
-    """The spec's network with weights from a file, of as many classes as the file has.
-
-    Args:
-        weights: as `find_weights` takes them: a file, or the word ``package``.
-
-    Raises:
-        InputError: the weights are not there or another network's, or their classes are not the data's.
-    """
-    file = find_weights(weights, spec.model.name)
-    model, tensors = create_model(spec), read_weights(file)
-    if (names := known_names(file, spec.model.name)) is not None:
-        new = names(tensors, model.state_dict())
-        tensors = {new[name]: tensor for name, tensor in tensors.items()}
-    classes = _classes_in(tensors, model) or (None if data is None else data.num_classes or None)
-    if classes not in (None, _num_classes(model)):
-        model = create_model(spec, num_classes=classes)
-    load_state(model, tensors, file)
-    _check_finite(tensors, file)
-    if data is not None:
-        data.check_classes(_num_classes(model))
-    return model
-
-
-def _check_finite(tensors: Mapping[str, Tensor], file: Path) -> None:
-    wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
-        raise InputError(f"{file}: {wrong[0]}{more}: has values that are not finite (NaN or infinity)")
-
-
-def _classes_in(tensors: Mapping[str, Tensor], model: nn.Module) -> int | None:
-    """How many classes the head in a file has; None where the file has no such head."""
-    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    sizes = [tensors.get(f"{head}.weight") for head in ([heads] if isinstance(heads, str) else heads)]
-    return int(sizes[0].shape[0]) if sizes and sizes[0] is not None and sizes[0].ndim else None
-
-
-def _num_classes(model: nn.Module) -> int:
-    return int(model.num_classes)  # type: ignore[arg-type]
 
 
 def _check_choice(request: Request, supernet: Supernet) -> tuple[SubnetConfig | None, int | None]:

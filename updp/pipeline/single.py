@@ -17,7 +17,8 @@ from updp.files import check_writable
 from updp.oracle import Score
 from updp.pipeline.context import open_for, score
 from updp.pipeline.finish import merge_certified
-from updp.pipeline.prepare import model_with_weights, read_subnet
+from updp.pipeline.given import model_with_weights
+from updp.pipeline.prepare import read_subnet
 from updp.pipeline.settings import resolve
 from updp.pipeline.watch import Watch
 from updp.randomize import randomize, settle

@@ -21,7 +21,7 @@ from updp.errors import InputError
 from updp.files import sha256
 from updp.oracle import Score
 from updp.pipeline.context import Context, figures, workers_for
-from updp.pipeline.prepare import model_with_weights
+from updp.pipeline.given import model_with_weights
 from updp.search import CachedOracle, PrefixEvaluator, SharedOracle, planned_evaluations, search
 from updp.supernet import Supernet
 from updp.train import Plain, Progressive, Sandwich, Teacher

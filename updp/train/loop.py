@@ -92,13 +92,9 @@ def fit(
         TrainingError: a loss is not finite.
         InputError: no batches, settings that timm refuses, or checkpoints of another training.
     """
-    weight = getattr(loader, "weight", None)
-    if weight is None or accelerator.num_processes == 1:
-        loader = accelerator.prepare(loader)
-    if not len(loader):
-        raise InputError("no batch to train on: there are fewer images than one batch takes")
+    loader, weight = _own_part(loader, accelerator)
     session = Session(network, settings, accelerator=accelerator, seed=seed, steps_per_epoch=len(loader))
-    session.weight = weight or 1.0
+    session.weight = weight
     watch = progress if progress is not None and accelerator.is_main_process else _Silent()
     training = _Training(session, policy, loader, watch, evaluate, eval_every, _Keeper(checkpoints, session, policy))
     watch.on_start(settings.epochs * len(loader), policy.title)
@@ -109,6 +105,16 @@ def fit(
         session.release()
     network.eval()
     return FitResult(training.history, training.keeper.seconds, training.keeper.earlier)
+
+
+def _own_part(loader: Any, accelerator: Accelerator) -> tuple[Any, float]:
+    """This process's part of every batch, and what its losses weigh."""
+    weight = getattr(loader, "weight", None)
+    if weight is None or accelerator.num_processes == 1:
+        loader = accelerator.prepare(loader)
+    if not len(loader):
+        raise InputError("no batch to train on: there are fewer images than one batch takes")
+    return loader, weight or 1.0
 
 
 class _Keeper:
