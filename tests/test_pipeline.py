@@ -282,7 +282,7 @@ def test_sigint_ends_a_real_process_with_130(tmp_path):
     try:
         assert process.stdout is not None
         for text in process.stdout:
-            if "epoch" in text:
+            if "  epoch" in text:
                 break
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
