@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -344,3 +348,33 @@ def test_the_demo_in_two_processes_is_as_good(tmp_path: Path, call: Caller) -> N
         tops.append([stage["top1"] for stage in stages])
     assert min(min(pair) for pair in tops) > 90, tops
     assert all(abs(a - b) <= 3 for a, b in zip(*tops, strict=True)), tops  # 360 images: 3 points are 11
+
+
+@pytest.mark.slow
+def test_torchrun_ends_within_a_minute_when_a_process_is_killed(tmp_path: Path) -> None:
+    changes = options(["held_out=0.8", "baseline.epochs=200"])
+    line = ["run", SPEC, "--data", "digits", "--prune", 4, "--threads", 1, "--out", tmp_path / "run", *changes]
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "updp", *map(str, line)]
+    said, told = tmp_path / "out", tmp_path / "err"
+    with said.open("w") as out, told.open("w") as err:
+        launcher = subprocess.Popen(words, cwd=several.ROOT, stdout=out, stderr=err)
+    try:
+        while "  epoch" not in said.read_text():
+            assert launcher.poll() is None, told.read_text()
+            time.sleep(0.2)
+        os.kill(_rank(launcher.pid, 1), signal.SIGKILL)
+        launcher.wait(60)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 1
+    text = told.read_text()
+    assert text.count("The same command goes on from there") == 1, text
+    assert "died or does not answer" in text or "perhaps since another process of the run ended" in text
+    assert f"torchrun --nproc-per-node 2 -m updp run {SPEC}" in text
+
+
+def _rank(launcher: int, number: int) -> int:
+    """The process of a launcher that has this rank."""
+    children = (int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split())
+    wanted = f"RANK={number}".encode()
+    return next(pid for pid in children if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))

@@ -28,6 +28,7 @@ FIRST = is_first()
 SEVERAL = int(os.environ.get("WORLD_SIZE", "1")) > 1
 if SEVERAL:  # before torch is there: it would warn of what every training does
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+_TERMINATED = "Terminated (SIGTERM)" + (", perhaps since another process of the run ended. " if SEVERAL else ". ")
 _PIPED = 160  # columns of output that no terminal limits
 
 
@@ -61,7 +62,7 @@ def guarded(
                     if isinstance(error, typer.Exit):
                         raise
                     if _received:  # whatever else went wrong: its workers and libraries got the signal, too
-                        _stopped("Terminated (SIGTERM). ", again, TERMINATED)
+                        _stopped(_TERMINATED, again, TERMINATED)
                     if isinstance(error, KeyboardInterrupt):
                         _stopped("Interrupted. ", again, INTERRUPTED)
                     if not isinstance(error, UpdpError):
@@ -89,7 +90,7 @@ def _failed(error: UpdpError, again: str) -> NoReturn:
         show_error(error)
         if isinstance(error, ProcessError):
             _show_how_to_go_on("", again)
-    raise typer.Exit(status) from None
+    _leave(status)
 
 
 def _stopped(how: str, again: str, status: int) -> NoReturn:
@@ -97,7 +98,16 @@ def _stopped(how: str, again: str, status: int) -> NoReturn:
     tells, status = _verdict(status)
     if tells:
         _show_how_to_go_on(how, again)
-    raise typer.Exit(status) from None
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End with a status; one of several processes at once: at its end a library may wait for one that is gone."""
+    if not SEVERAL:
+        raise typer.Exit(status) from None
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _show_how_to_go_on(why: str, again: str) -> None:
