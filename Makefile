@@ -9,6 +9,13 @@ DEMO   ?= convnext
 WORKERS ?= 2
 # make soak KILLS=N
 KILLS  ?= 40
+# make fuzz SPECS=N SUBNETS=N ARTEFACTS=N NPZ=N RUNS=N SEED=N
+SPECS     ?= 20000
+SUBNETS   ?= 5000
+ARTEFACTS ?= 5000
+NPZ       ?= 5000
+RUNS      ?= 2000
+SEED      ?= 0
 
 SHELL := /bin/bash
 BIN   := $(VENV)/bin
@@ -36,7 +43,7 @@ INSTALL_SOURCES := pyproject.toml constraints.txt CMakeLists.txt updp/__init__.p
 CXX_SOURCES     := $(wildcard csrc/*.cpp csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-imagenet test test-all soak bench lint format docs native clean
+.PHONY: help demo demo-imagenet test test-all soak fuzz bench lint format docs native clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -59,6 +66,10 @@ test-all: lint  ## As test, with the slow tests
 
 soak: $(VENV)/installed-dev  ## Kill small runs 40 times at random moments: they must end with the same bits (KILLS=40)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills $(KILLS)
+
+fuzz: $(VENV)/installed-dev  ## Read 37,000 files made wrong on purpose: each is answered by one message at most (SPECS=N ...)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --specs $(SPECS) --subnets $(SUBNETS) --artefacts $(ARTEFACTS) \
+	    --npz $(NPZ) --runs $(RUNS) --seed $(SEED)
 
 bench: $(VENV)/installed-dev  ## Time the kernels against torch, figures also in build/bench.json; fails if a guard does
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bench -rP --benchmark-enable --benchmark-json=build/bench.json \

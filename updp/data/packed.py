@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +15,9 @@ from PIL import Image
 from updp.data.sources import TRAIN, VALIDATION, Source, check_directory
 from updp.errors import InputError
 
-# ValueError: numpy's word for an array that only pickle could read, too
-_DAMAGED = (OSError, EOFError, ValueError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error)
+_NAMES = ("data", "offset", "label", "classes")
+_UNPACKED = 1 << 28  # of bytes, what a file may always hold; above that, no more than
+_SHRUNK = 8  # times its own size: images hardly get smaller, and a few kilobytes of zeros must not fill the memory
 
 
 class PackedImages:
@@ -75,17 +75,11 @@ def _find(path: Path) -> tuple[Path | None, Path | None]:
 
 def _read(path: Path) -> tuple[np.ndarray[Any, Any], list[int], list[int], tuple[str, ...]]:
     """The arrays of a packed set, checked against each other."""
-    try:
-        # opened here: numpy leaves its own file open when it is damaged
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            data, offset, label, classes = (arrays[key] for key in ("data", "offset", "label", "classes"))
-    except KeyError as error:
-        raise InputError(f"{path}: {error.args[0]}; allowed: data, offset, label, classes") from None
-    except _DAMAGED as error:
-        raise InputError(f"{path}: damaged, or not an npz file: {error}") from None
+    data, offset, label, classes = _unpacked(path)
     kinds = (("data", data, "u"), ("offset", offset, "iu"), ("label", label, "iu"), ("classes", classes, "U"))
+    # Of elements without a byte there can be any number in no space.
     wrong = [f"{name} is {array.ndim}-D {array.dtype}" for name, array, kind in kinds
-             if array.ndim != 1 or array.dtype.kind not in kind]  # fmt: skip
+             if array.ndim != 1 or array.dtype.kind not in kind or not array.itemsize]  # fmt: skip
     if wrong or data.itemsize != 1:
         wrong = wrong or [f"data is 1-D {data.dtype}"]
         allowed = "data 1-D uint8, offset and label 1-D integers, classes 1-D text"
@@ -99,3 +93,37 @@ def _read(path: Path) -> tuple[np.ndarray[Any, Any], list[int], list[int], tuple
     if min(labels) < 0 or max(labels) >= len(classes):
         raise InputError(f"{path}: labels from {min(labels)} to {max(labels)}, but {len(classes)} classes")
     return data, offsets, labels, tuple(classes.tolist())
+
+
+def _unpacked(path: Path) -> list[np.ndarray[Any, Any]]:
+    """The arrays of an npz file.
+
+    Raises:
+        InputError: it is damaged, lacks one, or would take far more memory than it has bytes.
+    """
+    try:
+        # opened here: numpy leaves its own file open when it is damaged
+        with path.open("rb") as file:
+            _check_size(path, zipfile.ZipFile(file).infolist())
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                found = [arrays[key] for key in _NAMES]
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(f"{path}: {error.args[0]}; allowed: {', '.join(_NAMES)}") from None
+    except Exception as error:  # zip and numpy's reader of headers raise what they met, syntax errors too
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: damaged, or not an npz file: {reason}") from None
+    if others := [name for name, array in zip(_NAMES, found, strict=True) if not isinstance(array, np.ndarray)]:
+        raise InputError(f"{path}: damaged, or not an npz file: {', '.join(others)}: not an array of numpy's")
+    return found
+
+
+def _check_size(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+    """Raise `InputError` for a file that unpacks to far more than images can be packed to."""
+    size, allowed = sum(member.file_size for member in members), max(_UNPACKED, _SHRUNK * path.stat().st_size)
+    if size > allowed:
+        raise InputError(
+            f"{path}: unpacks to {size:,} bytes, allowed: {allowed:,}, {_SHRUNK} times the file's own size"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -30,14 +31,23 @@ def report(run_dir: Path) -> Path:
 
 def render(run: Run) -> str:
     """The page as text. Everything that came from the run's files is escaped by the template engine."""
-    engine = Environment(
+    style = Markup((_HERE / "page.css").read_text(encoding="utf-8"))  # our own file: not to be escaped
+    return (
+        _engine()
+        .get_template("page.html.jinja")
+        .render(
+            style=style, run=run, charts=charts, figures=figures, network=network, views=views, calibration=calibration
+        )
+    )
+
+
+@functools.cache
+def _engine() -> Environment:
+    """The template engine, which reads and compiles the page once."""
+    return Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    style = Markup((_HERE / "page.css").read_text(encoding="utf-8"))  # our own file: not to be escaped
-    return engine.get_template("page.html.jinja").render(
-        style=style, run=run, charts=charts, figures=figures, network=network, views=views, calibration=calibration
     )

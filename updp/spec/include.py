@@ -8,6 +8,7 @@ result is a spec like any other, with a text that needs no other file.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -73,8 +74,9 @@ def _refusal(place: Place, message: str) -> SpecError:
 def _find(item: Tree, beside: Path, shipped: Path) -> Path:
     """The included file: beside the including one, or among the shipped, where a copied family also finds its own."""
     for folder in (beside, shipped, shipped / FAMILIES):
-        if (folder / str(item.value)).is_file():
-            return folder / str(item.value)
+        with suppress(OSError):  # a name that is longer than names may be
+            if (folder / str(item.value)).is_file():
+                return folder / str(item.value)
     families = [path.relative_to(shipped).as_posix() for path in sorted((shipped / FAMILIES).glob("*.yaml"))]
     message = f"no such file, neither beside this one nor among the shipped: {suggest(item.value, families)}"
     raise _refusal(item.place, message)
