@@ -109,6 +109,15 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(damage: str, tmp_path
     assert older.name == "0000000003.safetensors"
 
 
+def test_a_damaged_state_takes_no_place_of_a_whole_one(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path)
+    for updates in (4, 5):
+        kept.save("key", {"updates": updates})
+    (tmp_path / "0000000009.safetensors").write_bytes(b"damaged")
+    kept.save("key", {"updates": 6})
+    assert sorted(file.stem for file in tmp_path.iterdir()) == ["0000000005", "0000000006"]
+
+
 def test_where_all_are_damaged_it_begins_anew(tmp_path: Path) -> None:
     checkpoints = begun(tmp_path)
     for file in tmp_path.iterdir():

@@ -88,8 +88,10 @@ class Checkpoints:
             raise InputError(f"{self.folder}: cannot be made: {error.strerror or error}") from None
         metadata = {"state": text, "key": key, "digest": _digest(tensors, text)}
         save_tensors(self.folder / f"{updates:010}.safetensors", tensors, metadata)
-        for old in self._files()[_KEPT:]:
-            old.unlink(missing_ok=True)
+        files = self._files()
+        kept = [file for file in files if int(file.stem) <= updates][:_KEPT]  # later ones were damaged and passed over
+        for file in set(files) - set(kept):
+            file.unlink(missing_ok=True)
         self.waited(updates)
 
     def waited(self, updates: int) -> None:
