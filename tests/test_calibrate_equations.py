@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from updp.affine import Same
-from updp.calibrate.equations import Equations, best_ridge
+from updp.calibrate.equations import Equations, least
 from updp.calibrate.rows import as_solution, assign, sample, shape_of
 from updp.layers import PaddedConv2d
 
@@ -96,8 +96,8 @@ def test_the_ridge_is_chosen_on_what_was_held_out():
         parts.append(streamed(x, x @ truth + 3 * torch.randn(count, 2, generator=generator, **F64)))
     few, many, held_out = parts
     ridges = (1e-8, 1.0)
-    assert best_ridge(few, held_out, None, ridges) == 1.0
-    assert best_ridge(many, held_out, None, ridges) == 1e-8
+    for fit, best in ((few, 1.0), (many, 1e-8)):
+        assert least(lambda ridge, fit=fit: (held_out.error(*fit.solve(ridge)), ridge), ridges)[1] == best
 
 
 OPERATORS = {
@@ -225,17 +225,27 @@ def test_an_operator_without_bias_is_refused():
         assign(nn.Linear(2, 2, bias=False), torch.zeros(1, 2, 2), torch.zeros(1, 2))
 
 
-def test_many_solutions_are_those_found_one_by_one() -> None:
+def test_solutions_with_and_without_a_prior_are_those_found_one_by_one() -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(40, 12, generator=generator, **F64)
     prior = torch.randn(12, 5, generator=generator, **F64)[None]
     equations = streamed(x, torch.randn(40, 5, generator=generator, **F64))
-    ridges = (1e-4, 1e-2, 1.0)
-    found = list(equations.solutions(ridges, prior))
-    assert [(ridge, with_prior) for ridge, with_prior, *_ in found] == [(r, p) for r in ridges for p in (False, True)]
-    error = equations.judge()
-    for ridge, with_prior, weight, bias in found:
-        alone = equations.solve(ridge, prior if with_prior else None)
-        assert torch.allclose(weight, alone[0], rtol=0, atol=1e-12)
-        assert torch.allclose(bias, alone[1], rtol=0, atol=1e-12)
-        assert error(weight, bias) == pytest.approx(equations.error(*alone), rel=1e-9)
+    solved, error = equations.solver(prior), equations.judge()
+    for ridge in (1e-4, 1e-2, 1.0):
+        for (weight, bias), before in zip(solved(ridge), (None, prior), strict=True):
+            alone = equations.solve(ridge, before)
+            assert torch.allclose(weight, alone[0], rtol=0, atol=1e-12)
+            assert torch.allclose(bias, alone[1], rtol=0, atol=1e-12)
+            assert error(weight, bias) == pytest.approx(equations.error(*alone), rel=1e-9)
+
+
+@pytest.mark.parametrize("lowest", range(7))
+def test_the_least_is_found_downhill_wherever_it_is(lowest):
+    tried = []
+
+    def value(ridge):
+        tried.append(ridge)
+        return (abs(ridge - lowest), ridge)
+
+    assert least(value, range(7)) == (0, lowest)
+    assert len(tried) == len(set(tried)) <= 3 + abs(lowest - 3), "no ridge twice, and only those on the way"

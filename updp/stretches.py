@@ -57,16 +57,26 @@ class StretchRunner:
         self._names = {id(block): name for name, block in blocks.items()}
         self._units = list(_units(model, list(blocks.values())))
         self._recordings: dict[Any, _Recording] = {}
+        self.order: tuple[str, ...] = ()
         for images in inputs:
-            if _shape(images) not in self._recordings:
-                self._recordings[_shape(images)] = self._record(images)
-        orders = {tuple(self._names[id(r.units[i])] for i in r.at) for r in self._recordings.values()}
-        if len(orders) > 1:
-            raise UnresumableError("the order of the blocks depends on the shape of the input")
-        self.order = orders.pop()
+            self.learn(images)
         for name in blocks:
             if (times := self.order.count(name)) != 1:
                 raise UnresumableError(f"block {name} is called {times} times in one forward pass")
+
+    def learn(self, images: Tensor) -> None:
+        """Run the model once on an input of a shape that was not seen before; others are known already.
+
+        Raises:
+            UnresumableError: its blocks are called in another order.
+        """
+        if _shape(images) in self._recordings:
+            return
+        recording = self._record(images)
+        order = tuple(self._names[id(recording.units[i])] for i in recording.at)
+        if self._recordings and order != self.order:
+            raise UnresumableError("the order of the blocks depends on the shape of the input")
+        self._recordings[_shape(images)], self.order = recording, order
 
     def run(self, images: Tensor, given: Tensor | None, start: int, stop: int | None = None) -> Tensor:
         """The stretch from position ``start`` to position ``stop``, or to the model's output.

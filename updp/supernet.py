@@ -216,7 +216,16 @@ class Supernet(nn.Module):
 
     def _walk(self, images: Sequence[Tensor]) -> Walk | None:
         """A walk through the model block by block, so that depth costs no more than one pass; None if it has none."""
-        if self._walkable is False or not images:
+        runner = self.runner(images) if images else None
+        return None if runner is None else Walk(runner, images)
+
+    def runner(self, images: Sequence[Tensor]) -> StretchRunner | None:
+        """Runs stretches of the model between its blocks, in inference; None if it cannot be entered there.
+
+        Args:
+            images: an input of every shape that will be run.
+        """
+        if self._walkable is False:
             return None
         try:
             runner = StretchRunner(self.model, self.blocks, images)
@@ -227,7 +236,7 @@ class Supernet(nn.Module):
         except UnresumableError:
             self._walkable = False
             return None
-        return Walk(runner, images)
+        return runner
 
     # --- towards one subnet ---
 

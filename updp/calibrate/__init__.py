@@ -4,7 +4,6 @@ A block's best affine stand-in is a least-squares problem (the weight reconstruc
 blocks). `measure_damage` tells what each block costs alone, `choose` takes the cheapest set, `solve_subnet` solves it.
 """
 
-from updp.calibrate.blocks import Images as Images
 from updp.calibrate.blocks import Solved as Solved
 from updp.calibrate.blocks import SolveSettings as SolveSettings
 from updp.calibrate.blocks import solve_blocks as solve_blocks
@@ -17,6 +16,7 @@ from updp.calibrate.damage import divergence as divergence
 from updp.calibrate.damage import measure_damage as measure_damage
 from updp.calibrate.damage import network_damage as network_damage
 from updp.calibrate.kept import load_operators as load_operators
+from updp.calibrate.trail import Images as Images
 from updp.calibrate.verify import Verified as Verified
 from updp.calibrate.verify import latency_part as latency_part
 from updp.calibrate.verify import verify as verify

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,18 +18,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from updp.calibrate.alternating import PairProblem, pairs_of
 from updp.calibrate.appended import Range, open_appended
-from updp.calibrate.equations import RIDGES, Equations
+from updp.calibrate.equations import Equations, least
 from updp.calibrate.norms import NormProblem, norms_of
 from updp.calibrate.observe import Key, Value, observe, record, reference_of
 from updp.calibrate.rows import as_solution, assign, sample, shape_of
+from updp.calibrate.trail import Images, Trail, inputs_of
 from updp.errors import InputError
 from updp.recipe import PrunedFlow, prune
 from updp.structure import evaluating
 from updp.subnet import KEEP, SubnetConfig
 from updp.supernet import Supernet, estimating
-
-Images: TypeAlias = Callable[[], Iterable[Tensor]]
-"""Gives the same batches ``(N, C, H, W)`` each time it is called."""
 
 Solutions: TypeAlias = dict[tuple[tuple[str, str], ...], "tuple[dict[str, Tensor], list[Solved]]"]
 """What a block's flow was solved to, by the choices up to and with that block."""
@@ -102,12 +100,13 @@ def solve_subnet(
     solved: list[Solved] = []
     before: dict[str, str] = {}
     solutions = {} if solutions is None else solutions
+    trails = Trail(supernet), Trail(supernet)
     for name, block in supernet.blocks.items():
         if (choice := subnet.choice(name)) != KEEP:
             config = SubnetConfig(supernet.spec.name, before)
             before[name] = choice
             if (known := solutions.get(tuple(before.items()))) is None:
-                found = solve_blocks(supernet, {name: choice}, config, images, settings)
+                found = _solve(_Stream(supernet, {name: choice}, config, images, trails), settings)
                 solutions[tuple(before.items())] = copy.deepcopy(block.choices[choice].state_dict()), found
             else:
                 state, found = known
@@ -127,9 +126,12 @@ def solve_blocks(
     settings: SolveSettings | None = None,
 ) -> list[Solved]:
     """Solve blocks independently of each other, in one network: that in which ``before`` is pruned."""
-    stream = _Stream(supernet, choices, before, images)
+    return _solve(_Stream(supernet, choices, before, images), settings)
+
+
+def _solve(stream: _Stream, settings: SolveSettings | None) -> list[Solved]:
     settings = settings or SolveSettings()
-    with evaluating(supernet), torch.no_grad():
+    with evaluating(stream.supernet), torch.no_grad():
         _estimate_norms(stream, stream.flows)
         solved = []
         turns = max(len(flow.composed) for flow in stream.flows.values())
@@ -142,10 +144,21 @@ def solve_blocks(
 
 
 class _Stream:
-    """Batch by batch and block by block: a block's input in the pruned network, and its baseline's values."""
+    """Batch by batch and block by block: a block's input in the pruned network, and its baseline's values.
 
-    def __init__(self, supernet: Supernet, choices: Mapping[str, str], before: SubnetConfig, images: Images) -> None:
+    With trails (of the baseline and of the pruned network), there is one block, and no block before it is run again.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        choices: Mapping[str, str],
+        before: SubnetConfig,
+        images: Images,
+        trails: tuple[Trail, Trail] | None = None,
+    ) -> None:
         self.supernet, self.before, self.images = supernet, before, images
+        self.trails = trails
         self.flows: dict[str, PrunedFlow] = {}
         for name, recipe in choices.items():
             flow = supernet.blocks[name].choices[recipe]
@@ -158,56 +171,36 @@ class _Stream:
 
     def inputs(self) -> Iterator[tuple[str, Tensor]]:
         """What the pruned network gives the blocks."""
-        for batch in self._batches():
-            yield from self._caught(batch, self.before).items()
+        for number, batch in self._batches():
+            yield from self._pruned(number, batch).items()
 
     def pairs(self) -> Iterator[tuple[str, Tensor, dict[Key, Value]]]:
         """Blocks' inputs with their baselines' values."""
-        for batch in self._batches():
-            baseline = self._caught(batch, self.supernet.all_keep())
-            pruned = self._caught(batch, self.before) if self.before.choices else baseline
+        for number, batch in self._batches():
+            baseline = self._baseline(number, batch)
+            pruned = self._pruned(number, batch) if self.before.choices else baseline
             for name, x in pruned.items():
                 yield name, x, record(self.references[name], baseline[name])
 
-    def _batches(self) -> Iterator[Tensor]:
-        empty = True
-        for batch in self.images():
-            empty = False
-            yield batch
-        if empty:
+    def _batches(self) -> Iterator[tuple[int, Tensor]]:
+        number = -1
+        for number, batch in enumerate(self.images()):
+            yield number, batch
+        if number < 0:
             raise InputError("no images to calibrate on")
 
-    def _caught(self, batch: Tensor, subnet: SubnetConfig) -> dict[str, Tensor]:
+    def _baseline(self, number: int, batch: Tensor) -> dict[str, Tensor]:
+        return self._caught(self.supernet.all_keep(), number, batch, self.trails and self.trails[0])
+
+    def _pruned(self, number: int, batch: Tensor) -> dict[str, Tensor]:
+        return self._caught(self.before, number, batch, self.trails and self.trails[1])
+
+    def _caught(self, subnet: SubnetConfig, number: int, batch: Tensor, trail: Trail | None) -> dict[str, Tensor]:
         self.supernet.set_subnet(subnet)
-        return inputs_of(self.supernet, list(self.flows), batch)
-
-
-class _Caught(Exception):
-    """Stops a forward pass behind what was asked for."""
-
-
-def inputs_of(supernet: Supernet, names: Iterable[str], x: Tensor) -> dict[str, Tensor]:
-    """What a network gives some of its blocks; the blocks behind the last of them do not run."""
-    caught: dict[str, Tensor] = {}
-    wanted = set(names)
-
-    def catch(name: str, value: Tensor) -> None:
-        caught[name] = value
-        if caught.keys() == wanted:
-            raise _Caught
-
-    blocks = supernet.blocks
-    handles = [
-        blocks[name].register_forward_pre_hook(lambda module, args, name=name: catch(name, args[0])) for name in wanted
-    ]
-    try:
-        supernet(x)
-    except _Caught:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return caught
+        if trail is None:
+            return inputs_of(self.supernet, list(self.flows), batch)
+        (name,) = self.flows
+        return {name: trail.input_of(name, number, batch)}
 
 
 def _estimate_norms(stream: _Stream, blocks: Collection[str]) -> None:
@@ -307,10 +300,8 @@ class _Problem:
         merged, bias = as_solution(self.part), self.part.bias
         assert isinstance(bias, Tensor)
         before = error_of(merged, bias.detach().double().reshape(len(merged), -1))
-        solutions = self.fit.solutions(RIDGES, merged)
-        tried = ((error_of(weight, bias), ridge, prior) for ridge, prior, weight, bias in solutions)
-        error, ridge, with_prior = min(tried)
-        del error_of, solutions, tried  # they hold matrices
+        error, ridge, with_prior = _least_error(self.fit, error_of, merged)
+        del error_of  # it holds matrices
         self.fit.merge(self.held_out)
         if error < before:
             found = self.fit.solve(ridge, merged if with_prior else None)
@@ -318,6 +309,19 @@ class _Problem:
         else:
             ridge, error = math.inf, before
         return Solved(self.block, self.operator, self.fit.count, self.fit.unknowns, ridge, before, error)
+
+
+def _least_error(
+    fit: Equations, error_of: Callable[[Tensor, Tensor], float], merged: Tensor
+) -> tuple[float, float, bool]:
+    """The least error, the ridge that gives it, and whether what is merged is its prior."""
+    solved = fit.solver(merged)
+
+    def rated(ridge: float) -> tuple[float, float, bool]:
+        free, of_merged = solved(ridge)
+        return min((error_of(*free), ridge, False), (error_of(*of_merged), ridge, True))
+
+    return least(rated)
 
 
 def _solve_operators(stream: _Stream, turn: int, settings: SolveSettings) -> list[Solved]:

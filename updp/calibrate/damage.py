@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from updp.calibrate.blocks import Images, Solved, SolveSettings, solve_blocks
+from updp.calibrate.blocks import Solved, SolveSettings, solve_blocks
 from updp.calibrate.costs import Costs, Pair, measure_costs
 from updp.calibrate.kept import Found, flow_of, load_group, save_group
 from updp.calibrate.memory import equation_bytes, peak_bytes
 from updp.calibrate.rows import shape_of
+from updp.calibrate.trail import Images
 from updp.errors import InputError, Place, Problem, suggest
 from updp.files import read_json, write_text
 from updp.structure import evaluating

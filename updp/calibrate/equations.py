@@ -6,7 +6,8 @@ its normal equations do, whatever the number of images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,11 @@ from torch import Tensor
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridges to choose from, relative to the mean variance of the inputs."""
 _MOST_RESTORED = 2.0
+
+Solution: TypeAlias = tuple[Tensor, Tensor]
+"""Weight ``(G, inputs, outputs)`` and bias ``(G, outputs)``."""
+
+_Rated = TypeVar("_Rated", bound="tuple[Any, ...]")
 
 
 class Equations:
@@ -85,18 +91,21 @@ class Equations:
         mean_x, mean_y = (total / self.count for total in self.sums)
         return weight, mean_y - (mean_x[:, None] @ weight)[:, 0]
 
-    def solutions(self, ridges: Sequence[float], prior: Tensor) -> Iterator[tuple[float, bool, Tensor, Tensor]]:
-        """What `solve` gives for each ridge, without and with the prior: ridge, whether with it, weight, bias.
+    def solver(self, prior: Tensor) -> Callable[[float], tuple[Solution, Solution]]:
+        """What `solve` gives for a ridge, without and with the prior.
 
         Both come from one factorization, which is most of the work.
         """
         gram, cross, _ = self.centred()
         wanted = torch.cat([cross, cross - gram @ prior], 2)
         mean_x, mean_y = (total / self.count for total in self.sums)
-        for ridge in ridges:
+
+        def solved(ridge: float) -> tuple[Solution, Solution]:
             free, change = solve_positive(gram, wanted, ridge).chunk(2, 2)
-            for with_prior, weight in ((False, free), (True, change + prior)):
-                yield ridge, with_prior, weight, mean_y - (mean_x[:, None] @ weight)[:, 0]
+            of_prior = change + prior
+            return tuple((w, mean_y - (mean_x[:, None] @ w)[:, 0]) for w in (free, of_prior))  # type: ignore[return-value]
+
+        return solved
 
     def restored(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """A solution scaled so that each output varies as much as it should.
@@ -147,6 +156,22 @@ def solve_positive(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
         ridge = max(ridge, 1e-12) * 10
 
 
-def best_ridge(fit: Equations, held_out: Equations, prior: Tensor | None, ridges: Sequence[float] = RIDGES) -> float:
-    """The ridge whose solution on ``fit`` errs least on ``held_out``."""
-    return min(ridges, key=lambda ridge: held_out.error(*fit.solve(ridge, prior)))
+def least(value: Callable[[float], _Rated], ridges: Sequence[float] = RIDGES) -> _Rated:
+    """The least of the values that ridges have, found downhill from the middle.
+
+    Of what is held out, the error first falls with the ridge, and then rises: both ends need not be tried.
+    """
+    values: dict[int, _Rated] = {}
+
+    def at(place: int) -> _Rated:
+        if place not in values:
+            values[place] = value(ridges[place])
+        return values[place]
+
+    here = len(ridges) // 2
+    while True:
+        near = [place for place in (here, here - 1, here + 1) if 0 <= place < len(ridges)]
+        best = min(near, key=at)
+        if best == here:
+            return at(here)
+        here = best

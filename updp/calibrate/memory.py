@@ -12,6 +12,7 @@ from updp.calibrate.blocks import SolveSettings
 from updp.calibrate.equations import Equations
 from updp.calibrate.observe import record, reference_of
 from updp.calibrate.rows import shape_of
+from updp.calibrate.trail import HELD
 from updp.hooks import Hooks
 from updp.recipe import PrunedFlow
 from updp.structure import evaluating
@@ -65,6 +66,17 @@ def peak_bytes(supernet: Supernet, choices: Mapping[str, str], batch: int, setti
     rows = max(_rows(supernet, name, flow, settings) for name, flow in flows.items())
     width = next(supernet.parameters()).element_size()
     return held + solving + batch * (width * (inputs + steps + _MAPS * largest + 3 * ends) + rows)
+
+
+def trail_bytes(supernet: Supernet, images: int) -> int:
+    """What `solve_subnet` holds at most between two blocks: maps of the baseline and of the pruned network.
+
+    Args:
+        images: that are solved on; beyond what `HELD` allows, more take no more.
+    """
+    width = next(supernet.parameters()).element_size()
+    largest = max(_volume(supernet.bound[name].input_shape) for name in supernet.blocks)
+    return 2 * min(HELD, images * width * largest)
 
 
 def _new_bytes(flow: PrunedFlow) -> int:

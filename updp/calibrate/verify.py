@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from updp.calibrate.blocks import Images, Solutions, SolveSettings, solve_subnet
+from updp.calibrate.blocks import Solutions, SolveSettings, solve_subnet
 from updp.calibrate.damage import divergence, network_answers
+from updp.calibrate.trail import Images
 from updp.measure import compare
 from updp.merging import assemble, merge_blocks
 from updp.subnet import SubnetConfig

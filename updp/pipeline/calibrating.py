@@ -27,6 +27,7 @@ from updp.calibrate import (
 )
 from updp.calibrate.costs import Costs, measure_costs
 from updp.calibrate.damage import Keep, most_unknowns, pairs_in, peak_memory, work
+from updp.calibrate.memory import trail_bytes
 from updp.data import ImageSet, loader
 from updp.errors import InputError
 from updp.files import read_json, sha256
@@ -136,6 +137,7 @@ def _tell(context: Context, supernet: Supernet, task: Task) -> None:
     recipe = context.run.record.recipe
     images = task.images.bytes + task.judge.bytes
     taken = images + peak_memory(supernet, _BATCH, task.settings, recipe)
+    taken += trail_bytes(supernet, len(task.images.images))
     context.watch.on_note(f"memory: up to {taken / 1e9:.2g} GB beside the network")
     samples, unknowns = len(task.images.images) * task.settings.positions, most_unknowns(supernet, recipe)
     if samples < unknowns:
