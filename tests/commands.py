@@ -1,6 +1,9 @@
 """Calling the commands as a shell would, in this process."""
 
 import hashlib
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 
 from updp.cli import main
 
+ROOT = Path(__file__).parents[1]
 SPEC = "convnext_digits"
 TINY = [
     "held_out=0.8", "train.warmup_epochs=0", "baseline.epochs=2", "supernet.epochs=1", "finetune.epochs=2",
@@ -47,6 +51,22 @@ class Caller:
         assert "Traceback" not in done.err
         assert [name for name in names if name not in done.err] == [], done.err
         return done.err
+
+
+def started(arguments: list[object]) -> subprocess.Popen[str]:
+    """The command in a process of its own, whose lines come as they are written.
+
+    Whoever started the tests in the background may have had signals ignored, and children inherit that.
+    """
+
+    def heed() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "updp", *map(str, arguments)], cwd=ROOT, text=True, bufsize=1,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed,
+    )  # fmt: skip
 
 
 def options(settings: list[str]) -> list[str]:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import SPEC, TINY, Caller, contents, options, tiny_run
+from commands import SPEC, TINY, Caller, contents, options, started, tiny_run
 from safetensors.torch import load_file
 
 import updp
@@ -272,13 +271,7 @@ def test_ctrl_c_is_status_130_and_says_how_to_go_on(tmp_path, call, monkeypatch)
 
 
 def test_sigint_ends_a_real_process_with_130(tmp_path):
-    arguments = [str(a) for a in tiny_run(tmp_path / "out", "--set", "baseline.epochs=500")]
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "updp", *arguments], cwd=ROOT, text=True, bufsize=1,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        # Whoever started the tests in the background may have had this signal ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    process = started(tiny_run(tmp_path / "out", "--set", "baseline.epochs=500"))
     try:
         assert process.stdout is not None
         for text in process.stdout:
@@ -442,12 +435,12 @@ def test_an_interrupted_merge_says_how_to_go_on(copy, call, monkeypatch):
 def test_commands_are_shown_as_they_can_be_typed(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.chdir(tmp_path)
-    for started, shown in (
+    for file, shown in (
         (tmp_path / ".venv" / "bin" / "updp", os.path.join(".venv", "bin", "updp")),
         (tmp_path / "updp", os.path.join(".", "updp")),
         (tmp_path / "pytest", "updp"),
     ):
-        monkeypatch.setattr(sys, "argv", [str(started)])
+        monkeypatch.setattr(sys, "argv", [str(file)])
         assert program() == shown
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "updp" / "__main__.py")])
     assert program().endswith(" -m updp")

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from commands import Caller, tiny_run
+from commands import Caller, started, tiny_run
 from fake_run import STAGES, write_run
 
 from updp.errors import InputError
@@ -341,12 +341,8 @@ def test_what_is_no_run_is_told_beside_what_is(tmp_path, call):
 
 def test_a_real_run_is_seen_and_locked_and_ends_with_sigterm(tmp_path, call):
     out = tmp_path / "out"
-    arguments = [str(argument) for argument in tiny_run(out, "--set", "baseline.epochs=500")]
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "updp", *arguments], cwd=ROOT, text=True, bufsize=1,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL),
-    )  # fmt: skip
+    arguments = tiny_run(out, "--set", "baseline.epochs=500")
+    process = started(arguments)
     try:
         assert process.stdout is not None
         assert any(text.startswith("  epoch") for text in process.stdout)

@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +21,12 @@ from updp.calibrate.equations import Equations, least
 from updp.calibrate.norms import NormProblem, norms_of
 from updp.calibrate.observe import Key, Value, observe, record, reference_of
 from updp.calibrate.rows import as_solution, assign, sample, shape_of
-from updp.calibrate.trail import Images, Trail, inputs_of
+from updp.calibrate.trail import Entrance, Images, Trail, inputs_of
 from updp.errors import InputError
 from updp.recipe import PrunedFlow, prune
 from updp.structure import evaluating
 from updp.subnet import KEEP, SubnetConfig
 from updp.supernet import Supernet, estimating
-
-Solutions: TypeAlias = dict[tuple[tuple[str, str], ...], "tuple[dict[str, Tensor], list[Solved]]"]
-"""What a block's flow was solved to, by the choices up to and with that block."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,16 @@ class Solved:
         return self.samples > self.unknowns
 
 
+class Solutions:
+    """What blocks of one supernet were solved to on the same images, by the choices up to and with each block."""
+
+    def __init__(self, supernet: Supernet) -> None:
+        self.entrance = Entrance(supernet)
+        self.baseline = Trail(self.entrance, again=True)
+        self.ridges: dict[tuple[str, str], float] = {}  # of an operator: near that of the same one in another subnet
+        self.found: dict[tuple[tuple[str, str], ...], tuple[dict[str, Tensor], list[Solved]]] = {}
+
+
 def solve_subnet(
     supernet: Supernet,
     subnet: SubnetConfig,
@@ -99,15 +105,16 @@ def solve_subnet(
     """
     solved: list[Solved] = []
     before: dict[str, str] = {}
-    solutions = {} if solutions is None else solutions
-    trails = Trail(supernet), Trail(supernet)
+    solutions = solutions or Solutions(supernet)
+    trails = solutions.baseline, Trail(solutions.entrance)
     for name, block in supernet.blocks.items():
         if (choice := subnet.choice(name)) != KEEP:
             config = SubnetConfig(supernet.spec.name, before)
             before[name] = choice
-            if (known := solutions.get(tuple(before.items()))) is None:
-                found = _solve(_Stream(supernet, {name: choice}, config, images, trails), settings)
-                solutions[tuple(before.items())] = copy.deepcopy(block.choices[choice].state_dict()), found
+            if (known := solutions.found.get(tuple(before.items()))) is None:
+                stream = _Stream(supernet, {name: choice}, config, images, trails, solutions.ridges)
+                found = _solve(stream, settings)
+                solutions.found[tuple(before.items())] = copy.deepcopy(block.choices[choice].state_dict()), found
             else:
                 state, found = known
                 block.choices[choice].load_state_dict(state)
@@ -156,9 +163,11 @@ class _Stream:
         before: SubnetConfig,
         images: Images,
         trails: tuple[Trail, Trail] | None = None,
+        ridges: dict[tuple[str, str], float] | None = None,
     ) -> None:
         self.supernet, self.before, self.images = supernet, before, images
         self.trails = trails
+        self.ridges = {} if ridges is None else ridges
         self.flows: dict[str, PrunedFlow] = {}
         for name, recipe in choices.items():
             flow = supernet.blocks[name].choices[recipe]
@@ -291,7 +300,7 @@ class _Problem:
             if where.start < where.stop:
                 equations.add(*sample(self.part, x[where], wanted[where], settings.positions, generator))
 
-    def solve(self, settings: SolveSettings) -> Solved:
+    def solve(self, settings: SolveSettings, guess: float | None = None) -> Solved:
         """Take the ridge and the prior (none, or the merged weight) that do best on what was held out; then use all.
 
         With few samples the operator as merging gives it may be best: it then stays.
@@ -300,7 +309,7 @@ class _Problem:
         merged, bias = as_solution(self.part), self.part.bias
         assert isinstance(bias, Tensor)
         before = error_of(merged, bias.detach().double().reshape(len(merged), -1))
-        error, ridge, with_prior = _least_error(self.fit, error_of, merged)
+        error, ridge, with_prior = _least_error(self.fit, error_of, merged, guess)
         del error_of  # it holds matrices
         self.fit.merge(self.held_out)
         if error < before:
@@ -312,7 +321,7 @@ class _Problem:
 
 
 def _least_error(
-    fit: Equations, error_of: Callable[[Tensor, Tensor], float], merged: Tensor
+    fit: Equations, error_of: Callable[[Tensor, Tensor], float], merged: Tensor, guess: float | None
 ) -> tuple[float, float, bool]:
     """The least error, the ridge that gives it, and whether what is merged is its prior."""
     solved = fit.solver(merged)
@@ -321,7 +330,7 @@ def _least_error(
         free, of_merged = solved(ridge)
         return min((error_of(*free), ridge, False), (error_of(*of_merged), ridge, True))
 
-    return least(rated)
+    return least(rated, start=guess)
 
 
 def _solve_operators(stream: _Stream, turn: int, settings: SolveSettings) -> list[Solved]:
@@ -341,7 +350,9 @@ def _solve_operators(stream: _Stream, turn: int, settings: SolveSettings) -> lis
             problem.given.add(given)
     solved = []
     for name, problem in problems.items():
-        solved.append(problem.solve(settings))
+        key = name, problem.operator
+        solved.append(problem.solve(settings, stream.ridges.get(key)))
+        stream.ridges[key] = solved[-1].ridge
         flow = stream.flows[name]
         if flow.appended and turn == len(flow.composed) - 1:
             assert problem.given is not None

@@ -156,8 +156,8 @@ def solve_positive(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
         ridge = max(ridge, 1e-12) * 10
 
 
-def least(value: Callable[[float], _Rated], ridges: Sequence[float] = RIDGES) -> _Rated:
-    """The least of the values that ridges have, found downhill from the middle.
+def least(value: Callable[[float], _Rated], ridges: Sequence[float] = RIDGES, start: float | None = None) -> _Rated:
+    """The least of the values that ridges have, found downhill from ``start``, or from the middle.
 
     Of what is held out, the error first falls with the ridge, and then rises: both ends need not be tried.
     """
@@ -168,7 +168,7 @@ def least(value: Callable[[float], _Rated], ridges: Sequence[float] = RIDGES) ->
             values[place] = value(ridges[place])
         return values[place]
 
-    here = len(ridges) // 2
+    here = ridges.index(start) if start in ridges else len(ridges) // 2
     while True:
         near = [place for place in (here, here - 1, here + 1) if 0 <= place < len(ridges)]
         best = min(near, key=at)

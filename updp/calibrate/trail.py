@@ -17,58 +17,77 @@ HELD = 1 << 29
 """Bytes of maps that one trail holds at most."""
 
 
+class Entrance:
+    """The way into a supernet between its blocks, looked for once, whatever subnets go through it then."""
+
+    def __init__(self, supernet: Supernet) -> None:
+        self.supernet = supernet
+        self._runner: StretchRunner | None = None
+        self._none = False
+
+    def runner(self, batch: Tensor) -> StretchRunner | None:
+        """Runs stretches on inputs of this shape; None where the network cannot be entered."""
+        try:
+            if self._runner is None and not self._none:
+                self._runner = self.supernet.runner([batch])
+                self._none = self._runner is None
+            if self._runner is not None:
+                self._runner.learn(batch)
+        except UnresumableError:
+            self._runner, self._none = None, True
+        return self._runner
+
+
 class Trail:
     """Goes through one network from block to block, so that a block costs the stretch from the one before.
 
-    Between two blocks, the map that the first goes on from is held: of as many batches as fit into `HELD` bytes. The
-    others begin at the input again, as all do where the network cannot be entered between its blocks.
+    Of each batch, the map that it goes on from is held, as long as all that is held fits into `HELD` bytes. Other
+    batches begin at the input again, as all do where the network cannot be entered between its blocks.
 
     Blocks are asked for in the order of execution. The supernet's subnet may change in between, but in front of a
     block that was asked for it stays as it was.
+
+    Args:
+        again: the same blocks will be asked for again, in the same network: maps that were gone on from are held too,
+            as long as there is room.
     """
 
-    def __init__(self, supernet: Supernet) -> None:
-        self._supernet = supernet
-        self._runner: StretchRunner | None = None
-        self._held: dict[int, tuple[int, Tensor]] = {}  # batch -> position and map
-        self._enters = True
+    def __init__(self, entrance: Entrance, *, again: bool = False) -> None:
+        self._entrance = entrance
+        self._again = again
+        self._held: dict[int, dict[int, Tensor]] = {}  # batch -> position -> map
 
     @property
     def bytes(self) -> int:
         """What is held."""
-        return sum(x.nbytes for _, x in self._held.values())
+        return sum(x.nbytes for held in self._held.values() for x in held.values())
 
     def input_of(self, block: str, number: int, batch: Tensor) -> Tensor:
         """What the network, as it is now, gives a block of one batch; inside `evaluating` and without gradients."""
-        runner = self._runner_for(batch)
+        supernet, runner = self._entrance.supernet, self._entrance.runner(batch)
         if runner is None:
-            return inputs_of(self._supernet, [block], batch)[block]
-        stop, x = self._go(runner, block, number, batch)
-        return caught(self._supernet, [block], lambda: runner.run(batch, x, stop, stop + 1))[block]
-
-    def _go(self, runner: StretchRunner, block: str, number: int, batch: Tensor) -> tuple[int, Tensor]:
-        """The position in front of a block, and a batch's map there, which may be changed."""
-        start, given = self._held.pop(number, (0, batch))
-        stop = runner.order.index(block)
-        if start > stop:  # the model has its blocks in another order than that of their execution
-            start, given = 0, batch
-        x = given if start == stop else runner.run(batch, given, start, stop)
-        if stop and self.bytes + x.nbytes <= HELD:
-            self._held[number] = stop, x
-            return stop, alike(x)
-        return stop, x
-
-    def _runner_for(self, batch: Tensor) -> StretchRunner | None:
-        try:
-            if self._runner is None and self._enters:
-                self._runner = self._supernet.runner([batch])
-                self._enters = self._runner is not None
-            if self._runner is not None:
-                self._runner.learn(batch)
-        except UnresumableError:
-            self._runner, self._enters = None, False
             self._held.clear()
-        return self._runner
+            return inputs_of(supernet, [block], batch)[block]
+        stop = runner.order.index(block)
+        x = self._at(runner, stop, number, batch)
+        return caught(supernet, [block], lambda: runner.run(batch, x, stop, stop + 1))[block]
+
+    def _at(self, runner: StretchRunner, stop: int, number: int, batch: Tensor) -> Tensor:
+        """A batch's map at a position, which may be changed."""
+        held = self._held.setdefault(number, {})
+        start = max((position for position in held if position <= stop), default=0)
+        given = held.get(start, batch)
+        if start == stop:
+            return alike(given) if start else given
+        if self._again:
+            given = alike(given) if start else given
+        else:
+            held.clear()
+        x = runner.run(batch, given, start, stop)
+        if self.bytes + x.nbytes <= HELD:
+            held[stop] = x
+            return alike(x)
+        return x
 
 
 class _Caught(Exception):

@@ -49,7 +49,7 @@ def verify(
     Returns:
         The candidates, the one of least damage first.
     """
-    solutions: Solutions = {}
+    solutions = Solutions(supernet)
     baseline = list(network_answers(supernet, supernet.all_keep(), judge))
     found = []
     for done, subnet in enumerate(candidates, 1):

@@ -40,8 +40,13 @@ def command_line() -> str:
 
 
 def is_first() -> bool:
-    """Whether this is the only process of a launch, or the one that speaks and writes: launchers number them."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this is the only process of a launch, or the one that speaks and writes.
+
+    Launchers number the processes; a program that has them meet by itself is asked. Nothing is imported for that:
+    where nobody did, they have not met.
+    """
+    met = sys.modules.get("updp.processes")
+    return os.environ.get("RANK", "0") == "0" if met is None else bool(met.is_first())
 
 
 def _nearest(file: str) -> str:
