@@ -166,6 +166,8 @@ def _value(old: Any, rng: Random, others: Sequence[Any], places: list[tuple[Any,
     if rng.random() < 0.3 and (alike := [item for item in map(_item, places) if type(item) is type(old)]):
         return _copy(rng.choice(alike))
     if isinstance(old, int | float) and not isinstance(old, bool) and rng.random() < 0.5:
+        if abs(old) > 1e300:  # neither a float nor, perhaps, a text can be made of it
+            return rng.choice((*NUMBERS, -old, old + 1, bool(old)))
         return rng.choice((*NUMBERS, -old, old + 1, old * 1000, float(old), str(old), bool(old)))
     if isinstance(old, str) and rng.random() < 0.5:
         return rng.choice((*TEXTS, old + "x", old[:-1], old.upper(), f"{old}.{old}", old * 3))
