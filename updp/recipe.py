@@ -23,7 +23,7 @@ from updp.padding import Geometry, crop_conv, move_padding
 from updp.runs import chain
 from updp.spec import Recipe, Resize
 from updp.structure import BoundBlock, channels_of
-from updp.widths import misfit, widths_of
+from updp.widths import MISFITS, misfit, widths_of
 
 _SHAPE_PRESERVING = ("norm", "norm_act", "batchnorm", "activation", "scale", "drop", "identity", "negate")
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -237,8 +237,16 @@ class _Draft:
     def widths(self) -> dict[str, tuple[int, int]]:
         """Input and output channels of every step of the block's own flow, from one run of it."""
         if self._widths is None:
-            self._widths = widths_of(self.block.flow, self.example_input())
+            try:
+                self._widths = widths_of(self.block.flow, self.example_input())
+            except MISFITS:
+                raise self._misfit() from None
         return self._widths
+
+    def _misfit(self) -> SpecError:
+        """The structure does not fit the network: nothing can be told of its steps."""
+        where, found = f"structures.{self.block.group.structure}", misfit(self.block.flow, self.example_input())
+        return SpecError([Problem(self.block.place_of(), where, f"block {self.block.name}: {found}")])
 
     def channels_at(self, name: str) -> int:
         """Channels of the input of a step; a piece of a split norm has those of the norm."""
