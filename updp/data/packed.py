@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import zipfile
 from collections.abc import Sequence
 from itertools import pairwise
@@ -92,7 +93,15 @@ def _read(path: Path) -> tuple[np.ndarray[Any, Any], list[int], list[int], tuple
         raise InputError(f"{path}: the offsets must rise and stay within the {len(data)} bytes of data")
     if min(labels) < 0 or max(labels) >= len(classes):
         raise InputError(f"{path}: labels from {min(labels)} to {max(labels)}, but {len(classes)} classes")
-    return data, offsets, labels, tuple(classes.tolist())
+    return data, offsets, labels, _texts(path, classes)
+
+
+def _texts(path: Path, classes: np.ndarray[Any, Any]) -> tuple[str, ...]:
+    """The names of the classes; numpy takes any four bytes for a character until it is asked for the text."""
+    characters = classes.view(np.dtype(np.uint32).newbyteorder(classes.dtype.byteorder))
+    if characters.size and int(characters.max()) > sys.maxunicode:
+        raise InputError(f"{path}: classes: character {int(characters.max()):#x}; allowed: those of Unicode")
+    return tuple(classes.tolist())
 
 
 def _unpacked(path: Path) -> list[np.ndarray[Any, Any]]:

@@ -272,6 +272,8 @@ def _read_record(file: Path) -> RunRecord:
         raise InputError([Problem(Place(str(file)), "version", message)])
     data = {**_SINCE, **data}
     wrong = [name for name, kinds in _KINDS.items() if name not in data or not isinstance(data[name], kinds)]
+    if "settings" not in wrong and not all(isinstance(each, str) for each in data["settings"]):
+        wrong.append("settings")
     if wrong:
         raise InputError([Problem(Place(str(file)), name, "is missing or not what updp writes") for name in wrong])
     kept: dict[str, Any] = {name: data[name] for name in _KINDS}
@@ -279,14 +281,15 @@ def _read_record(file: Path) -> RunRecord:
         calibration = None if kept["calibration"] is None else Calibration(**kept["calibration"])
     except TypeError as error:
         raise InputError([Problem(Place(str(file)), "calibration", str(error))]) from None
-    lists = {name: tuple(kept[name]) for name in ("settings", "blocks")}
+    lists = {name: tuple(kept[name]) for name in _LISTS}
     return RunRecord(**{**kept, **lists, "calibration": calibration})
 
 
+_LISTS = ("settings", "blocks")
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("spec", "spec_hash", "data", "device", "precision"), str),
     **dict.fromkeys(("num_classes", "seed", "threads", "version", "processes"), int),
-    **dict.fromkeys(("settings", "blocks"), list),
+    **dict.fromkeys(_LISTS, list),
     **dict.fromkeys(("weights", "subnet", "calibration", "init"), (dict, type(None))),
     "prune": (int, type(None)),
     "recipe": (str, type(None)),
