@@ -82,8 +82,8 @@ def test_candidates_are_judged_as_if_each_were_solved_alone_and_shared_beginning
         solve_subnet(net, subnet, images)
         alone[tuple(subnet.pruned)] = network_damage(net, subnet, judge)
     calls = []
-    solve = solving.solve_blocks
-    monkeypatch.setattr(solving, "solve_blocks", lambda *args: calls.append(args[1]) or solve(*args))
+    solve = solving._solve
+    monkeypatch.setattr(solving, "_solve", lambda stream, *rest: calls.append(stream.flows) or solve(stream, *rest))
     found = verify(net, sets, images, judge)
     assert {tuple(each.subnet.pruned): each.damage for each in found} == alone
     assert [each.damage for each in found] == sorted(alone.values())
