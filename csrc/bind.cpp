@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bind_conv.h"
 #include "dwcompose.h"
 #include "registry.h"
 
@@ -98,4 +99,5 @@ PYBIND11_MODULE(_C, module) {
              py::arg("inner_stride"), py::arg("inner_dilation"), py::arg("outer_dilation"),
              py::arg("threads"),
              "Run one dwcompose row. Arrays are (address, shape, strides) of dense (C, h, w) weights.");
+  updp::bind_conv(module);
 }

@@ -1,7 +1,7 @@
 // dwcompose: the weight of two depthwise convolutions, one after the other.
 //
-//   out[c, (d1 a1 + s1 d2 a2) / g] = sum W2[c, a2] W1[c, a1]        (per axis; see updp/ops.py for the
-//   definition)
+//   out[c, (d1 a1 + s1 d2 a2) / g] = sum W2[c, a2] W1[c, a1]        (per axis; see updp/ops/depthwise.py for
+//   the definition)
 //
 // The two axes are independent, so a tap of the result is a sum over (pairs along h) x (pairs along w). The
 // pairs of each axis are listed once per call; kernels walk the lists for a range of channels.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "conv.h"
 #include "dwcompose.h"
 
 namespace updp {
@@ -11,6 +12,7 @@ namespace updp {
 #define UPDP_TYPE_f32 float
 #define UPDP_TYPE_f64 double
 #define UPDP_DECLARE_dwcompose(name, T) void name(const DwComposeJob<T>&, int64_t, int64_t, T*);
+#define UPDP_DECLARE_conv(name, T) void name(const ConvJob&, int64_t, int, int64_t, int64_t, T*);
 #define UPDP_KERNEL(op, algorithm, dtype, isa) \
   UPDP_DECLARE_##op(op##_##algorithm##_##dtype##_##isa, UPDP_TYPE_##dtype)
 #include "kernels.def"
@@ -46,7 +48,7 @@ bool has(std::string_view feature) {
 // flags).
 bool cpu_runs(std::string_view isa) {
   if (isa == "avx512") return has("avx512f") && has("avx512dq") && has("avx512bw") && has("avx512vl");
-  if (isa == "avx2") return has("avx2");
+  if (isa == "avx2") return has("avx2") && has("fma");
   return isa == "portable";
 }
 
@@ -59,6 +61,8 @@ std::string Kernel::name() const {
 }
 
 bool Kernel::available() const { return function != nullptr && cpu_runs(isa); }
+
+int64_t Kernel::lanes() const { return isa == "avx512" ? 16 : isa == "avx2" ? 8 : 4; }
 
 std::span<const Kernel> kernels() { return kKernels; }
 
@@ -77,6 +81,7 @@ std::span<const CpuFeature> cpu_features() {
   // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
   static const CpuFeature features[] = {
       {"avx2", __builtin_cpu_supports("avx2") != 0},
+      {"fma", __builtin_cpu_supports("fma") != 0},
       {"avx512f", __builtin_cpu_supports("avx512f") != 0},
       {"avx512dq", __builtin_cpu_supports("avx512dq") != 0},
       {"avx512bw", __builtin_cpu_supports("avx512bw") != 0},

@@ -1,6 +1,7 @@
 // The table of kernels at run time: csrc/kernels.def, with what this build holds and this CPU can run.
 #pragma once
 
+#include <cstdint>
 #include <span>
 #include <string>
 #include <string_view>
@@ -16,6 +17,7 @@ struct Kernel {
 
   std::string name() const;  // op_algorithm_dtype_isa
   bool available() const;    // built, and this CPU has the instruction set
+  int64_t lanes() const;     // floats in a vector of the instruction set
 };
 
 struct CpuFeature {

@@ -122,7 +122,7 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
     sdist = build("sdist", tmp_path, tmp_path / "build")
     listed = subprocess.run(["tar", "tzf", sdist], capture_output=True, text=True, check=True).stdout.split()
     names = {name.partition("/")[2] for name in listed}
-    assert {"pyproject.toml", "CMakeLists.txt", "LICENSE", "csrc/kernels.def", "updp/ops.py"} <= names
+    assert {"pyproject.toml", "CMakeLists.txt", "LICENSE", "csrc/kernels.def", "updp/ops/conv.py"} <= names
     assert {f"specs/{name}.yaml" for name in SPECS} <= names
     assert [name for name in names if re.match(r"updp/_C\.|\.venv|build/|runs/", name)] == []
 

@@ -70,7 +70,7 @@ def test_torch(benchmark, way, dtype, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("row", [row.name for row in ops.kernel_rows() if row.available])
+@pytest.mark.parametrize("row", [row.name for row in ops.kernel_rows() if row.op == "dwcompose" and row.available])
 def test_row(benchmark, row, shape):
     dtype = row.split("_")[2]
     outer, inner = weights(shape, DTYPES[dtype])

@@ -1,75 +1,19 @@
-"""The operators of ``csrc/``, registered with ``torch.library``, and the references they are held to.
-
-Each operator has a schema, a reference in plain torch (the definition), a fake implementation, a backward,
-checks at the door, and rows in ``csrc/kernels.def``: one compiled variant each, picked at run time by what
-the CPU can do. A source tree without the compiled module ``updp._C`` works: the references then do the work.
-"""
+"""``depthwise_compose``: the weight of two depthwise convolutions, one after the other."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-# A module that is there but cannot be loaded is an error, not a reason to be slow in silence.
-_native = None if importlib.util.find_spec("updp._C") is None else importlib.import_module("updp._C")
+from updp.ops import rows as table
 
 Pair: TypeAlias = tuple[int, int]
 
-REFERENCE = "reference"  # the variant that is plain torch
-_DTYPES = {torch.float32: "f32", torch.float64: "f64"}
 _MAX_TAPS = 2**20  # of one composed channel (1024 x 1024); more is a mistake in a stride or a dilation
-
-
-@dataclass(frozen=True)
-class KernelRow:
-    """One row of ``csrc/kernels.def``; ``available`` says whether this build and this CPU can run it."""
-
-    name: str
-    op: str
-    algorithm: str
-    dtype: str
-    isa: str
-    available: bool
-
-
-@functools.cache
-def kernel_rows() -> tuple[KernelRow, ...]:
-    """All compiled variants, best first within an operator; empty if ``updp._C`` is not built."""
-    return () if _native is None else tuple(KernelRow(*row) for row in _native.rows())
-
-
-def cpu_features() -> dict[str, bool]:
-    """The instruction sets that dispatch looks at; empty if ``updp._C`` is not built."""
-    features: dict[str, bool] = {} if _native is None else _native.cpu_features()
-    return features
-
-
-def native_status() -> str:
-    """One line for people: how many kernels run here, or that the compiled module is missing."""
-    if _native is None:
-        return "updp._C is not built, torch references do its work (`pip install .` or `make native` builds it)"
-    rows = kernel_rows()
-    return f"{sum(row.available for row in rows)} of {len(rows)} kernels run on this CPU"
-
-
-@functools.cache
-def _pick(op: str, dtype: torch.dtype, variant: str | None) -> str:
-    """The variant asked for, else the first row that fits this dtype and CPU, else the reference."""
-    fitting = [r for r in kernel_rows() if r.op == op and r.dtype == _DTYPES.get(dtype) and r.available]
-    if variant is None:
-        return fitting[0].name if fitting else REFERENCE
-    allowed = [*(row.name for row in fitting), REFERENCE]
-    if variant not in allowed:
-        raise ValueError(f"{op}: got variant {variant!r}, available here for {dtype}: {', '.join(allowed)}")
-    return variant
 
 
 class _Axis(NamedTuple):
@@ -207,14 +151,13 @@ def _depthwise_compose_cpu(
         "outer_dilation": outer_dilation,
     }
     rows, columns = _checked_axes(outer, inner, **geometry)
-    picked = _pick("dwcompose", outer.dtype, variant) if outer.device.type == "cpu" else REFERENCE
-    if picked == REFERENCE:
+    picked = table.pick("dwcompose", outer.dtype, variant) if outer.device.type == "cpu" else table.REFERENCE
+    if picked == table.REFERENCE:
         return depthwise_compose_reference(outer, inner, **geometry)
     outer, inner = outer.contiguous(), inner.contiguous()
     out = inner.new_empty(inner.shape[0], rows.size, columns.size)
     arrays = [(t.data_ptr(), tuple(t.shape), t.stride()) for t in (outer, inner, out)]
-    assert _native is not None  # only its rows are ever picked
-    _native.dwcompose(picked, *arrays, inner_stride, inner_dilation, outer_dilation, torch.get_num_threads())
+    table.NATIVE.dwcompose(picked, *arrays, inner_stride, inner_dilation, outer_dilation, torch.get_num_threads())
     return out
 
 
@@ -250,16 +193,15 @@ def _depthwise_compose_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-d
     return grad_outer, grad_inner, None, None, None, None
 
 
-_LIBRARY = torch.library.Library("updp", "DEF")
-_LIBRARY.define(
+table.LIBRARY.define(
     "depthwise_compose(Tensor outer, Tensor inner, int[2] inner_stride, int[2] inner_dilation,"
     " int[2] outer_dilation, str? variant=None) -> Tensor"
 )
-_LIBRARY.impl("depthwise_compose", _depthwise_compose_cpu, "CompositeExplicitAutograd")
-torch.library.register_fake("updp::depthwise_compose", _depthwise_compose_fake, lib=_LIBRARY)
+table.LIBRARY.impl("depthwise_compose", _depthwise_compose_cpu, "CompositeExplicitAutograd")
+torch.library.register_fake("updp::depthwise_compose", _depthwise_compose_fake, lib=table.LIBRARY)
 torch.library.register_autograd(
     "updp::depthwise_compose",
     _depthwise_compose_backward,
     setup_context=_save_for_backward,
-    lib=_LIBRARY,
+    lib=table.LIBRARY,
 )

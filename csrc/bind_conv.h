@@ -1,0 +1,10 @@
+// The part of the module updp._C that belongs to operator conv.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace updp {
+
+void bind_conv(pybind11::module_& module);
+
+}  // namespace updp

@@ -1,0 +1,79 @@
+// The register tile that all convolutions end in: a few rows of inputs times a block of packed columns. Only
+// kernel files include it.
+#pragma once
+
+#include "conv.h"
+#include "conv_vector.h"
+
+namespace updp {
+namespace {
+
+// Rows of inputs: row i, element k of segment s is at a[i * row + s * segment + k]. The k of all segments,
+// one after the other, meet the rows of the packed columns.
+struct Rows {
+  const float* a;
+  int64_t row;
+  int64_t length;  // of a segment
+  int64_t segments;
+  int64_t segment;  // step from one to the next
+};
+
+// sums[i * step + column] = (add ? sums : 0) + rows[i] . b[column], in the order of k.
+template <int kCount, int kVectors>
+void multiply(const Rows& rows, const float* b, float* sums, int64_t step, bool add) {
+  Vec total[kCount][kVectors] = {};
+  // One pointer for three rows: their addresses are the pointer plus 0, 1 or 2 times the row.
+  constexpr int kPointers = (kCount + 2) / 3;
+  for (int64_t s = 0; s < rows.segments; ++s) {
+    const float* at[kPointers];
+    UPDP_UNROLL for (int p = 0; p < kPointers; ++p) at[p] = rows.a + s * rows.segment + 3 * p * rows.row;
+    for (int64_t k = 0; k < rows.length; ++k) {
+      Vec column[kVectors];
+      UPDP_UNROLL for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * kLanes);
+      UPDP_UNROLL for (int i = 0; i < kCount; ++i) {
+        const float value = at[i / 3][(i % 3) * rows.row];
+        UPDP_UNROLL for (int v = 0; v < kVectors; ++v) total[i][v] += value * column[v];
+      }
+      UPDP_UNROLL for (int p = 0; p < kPointers; ++p)++ at[p];
+      b += kVectors * kLanes;
+    }
+  }
+  UPDP_UNROLL for (int i = 0; i < kCount; ++i) {
+    UPDP_UNROLL for (int v = 0; v < kVectors; ++v) {
+      float* to = sums + i * step + v * kLanes;
+      store(to, add ? load(to) + total[i][v] : total[i][v]);
+    }
+  }
+}
+
+using Multiply = void (*)(const Rows& rows, const float* b, float* sums, int64_t step, bool add);
+
+template <int kVectors, int... kCounts>
+struct Multiplies {
+  static constexpr Multiply kTable[] = {nullptr, multiply<kCounts, kVectors>...};
+};
+
+#if defined(__AVX512F__)
+#define UPDP_COUNTS 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14
+#elif defined(__AVX2__)
+#define UPDP_COUNTS 1, 2, 3, 4, 5, 6
+#else
+#define UPDP_COUNTS 1, 2, 3, 4, 5
+#endif
+
+// For `count` rows (1 to kRows) and a block of `width` columns.
+inline Multiply multiply_of(int64_t count, int64_t width) {
+  return (width == kWide ? Multiplies<2, UPDP_COUNTS>::kTable : Multiplies<1, UPDP_COUNTS>::kTable)[count];
+}
+
+// The columns of a block, and where the block begins in a packed matrix of `depth` rows.
+inline int64_t block_width(const ConvColumns& columns, int64_t block) {
+  return least(columns.padded - block * columns.wide, columns.wide);
+}
+inline const float* block_weight(const ConvColumns& columns, const float* packed, int64_t block,
+                                 int64_t depth) {
+  return packed + block * columns.wide * depth;
+}
+
+}  // namespace
+}  // namespace updp
