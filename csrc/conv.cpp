@@ -73,13 +73,15 @@ int64_t products_of(const ConvGeometry& g) { return g.n * g.oh * g.ow * g.k * g.
 
 ConvBlocking direct_blocking(const ConvGeometry& g, const ConvColumns& columns) {
   const int64_t depth = g.kh * g.kw * g.c;
-  const int64_t pixels =
-      std::clamp<int64_t>(kCacheBytes / 2 / (depth * int64_t{sizeof(float)}), 28, kConvPixels);
   ConvBlocking b{};
   b.plain = g.kh * g.kw == 1 && g.sh * g.sw == 1 && g.oh == g.h && g.ow == g.w;
   // Lines of the output, unless they are so short that the register tile would be half empty, or too long.
   b.line = !b.plain && g.ow >= 8 && g.ow <= kConvPixels ? g.ow : 1;
   b.items = g.n * g.oh * g.ow / b.line;
+  // What an item reads: neighbours in a line share most of it.
+  const int64_t inputs = b.line > 1 ? g.kh * std::min(g.w, (b.line - 1) * g.sw + g.kw) * g.c : depth;
+  const int64_t pixels =
+      std::clamp<int64_t>(kCacheBytes / int64_t{sizeof(float)} / inputs * b.line, 28, kConvPixels);
   const int64_t most = std::max<int64_t>(pixels / b.line, 1);
   b.blocks = ceiling(b.items, most);
   b.steps = 2;

@@ -11,11 +11,12 @@ namespace {
 
 // The sum is taken in parts of so many products: what is added to a sum stays comparable with it, and a part
 // of the weight's columns stays in the first cache while all rows of a block meet it.
-constexpr int64_t kPart = 256;
+constexpr int64_t kPart = 384;
 
 // A tile of at most kRows pixels of a block, and where its taps are.
 struct Pixels {
   int64_t first, count;
+  int64_t skipped;  // rows of the kernel that lie in the padding above; those below are left out, too
   Rows rows;
 };
 static_assert(sizeof(Pixels) <= kConvTileBytes);
@@ -45,24 +46,34 @@ struct Block {
   }
 };
 
-// Where a tile's taps are; true if they have to be gathered there first.
+// Where a tile's taps are; true if they have to be gathered there first. Neighbours in a line share most of
+// their taps.
 bool locate(const Block& b, int64_t index, Pixels& pixels) {
   const ConvGeometry& g = b.job.g;
   const int64_t start = b.first + index / b.parts * b.line;
   pixels.first = start + part(b.line, b.parts, index % b.parts);
   pixels.count = start + part(b.line, b.parts, index % b.parts + 1) - pixels.first;
   if (b.job.blocking.plain) {
+    pixels.skipped = 0;
     pixels.rows = {b.job.x + pixels.first * g.c, g.c, g.c, 1, 0};
     return false;
   }
-  const int64_t ox = pixels.first % g.ow, line_index = pixels.first / g.ow;
-  const int64_t y = line_index % g.oh * g.sh - g.top, x = ox * g.sw - g.left, image = line_index / g.oh;
-  const int64_t last_x = x + (pixels.count - 1) * g.sw + g.kw;
-  if (ox + pixels.count <= g.ow && y >= 0 && y + g.kh <= g.h && x >= 0 && last_x <= g.w) {
-    pixels.rows = {b.job.x + ((image * g.h + y) * g.w + x) * g.c, g.sw * g.c, g.kw * g.c, g.kh, g.w * g.c};
+  float* const gathered = b.gathered + (pixels.first - b.first) * b.depth;
+  const int64_t ox = pixels.first % g.ow, oy = pixels.first / g.ow % g.oh, image = pixels.first / g.ow / g.oh;
+  const int64_t y = oy * g.sh - g.top, x = ox * g.sw - g.left, width = (pixels.count - 1) * g.sw + g.kw;
+  const bool is_line = ox + pixels.count <= g.ow;
+  const int64_t top = most(-y, 0), inside = least(g.h - y, g.kh) - top;
+  pixels.skipped = is_line && inside > 0 ? top : 0;
+  const int64_t rows = is_line ? most(inside, 1) : g.kh;
+  if (is_line && inside > 0 && x >= 0 && x + width <= g.w) {
+    pixels.rows = {b.job.x + ((image * g.h + y + top) * g.w + x) * g.c, g.sw * g.c, g.kw * g.c, rows,
+                   g.w * g.c};
     return false;
   }
-  pixels.rows = {b.gathered + (pixels.first - b.first) * b.depth, b.depth, g.kw * g.c, g.kh, g.kw * g.c};
+  if (is_line && g.sw <= g.kw)
+    pixels.rows = {gathered, g.sw * g.c, g.kw * g.c, rows, width * g.c};
+  else
+    pixels.rows = {gathered, b.depth, g.kw * g.c, rows, g.kw * g.c};
   return true;
 }
 
@@ -76,19 +87,23 @@ inline void clear(float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = 0.0f;
 }
 
-// All taps of one output pixel.
-void gather_pixel(const ConvGeometry& g, const float* image, int64_t oy, int64_t ox, float* to) {
-  const int64_t x = ox * g.sw - g.left;
-  const int64_t left = least(most(-x, 0), g.kw), right = most(least(g.w - x, g.kw), left);
-  for (int64_t i = 0; i < g.kh; ++i, to += g.kw * g.c) {
-    const int64_t y = oy * g.sh - g.top + i;
+// The inputs of neighbouring output pixels, which reach over `width` input pixels, for some rows of the
+// kernel.
+void gather_pixels(const ConvJob& job, int64_t pixel, int64_t width, int64_t skipped, int64_t rows,
+                   float* to) {
+  const ConvGeometry& g = job.g;
+  const int64_t line = pixel / g.ow, x = pixel % g.ow * g.sw - g.left;
+  const float* image = job.x + line / g.oh * g.h * g.w * g.c;
+  const int64_t left = least(most(-x, 0), width), right = most(least(g.w - x, width), left);
+  for (int64_t i = 0; i < rows; ++i, to += width * g.c) {
+    const int64_t y = line % g.oh * g.sh - g.top + skipped + i;
     if (y < 0 || y >= g.h) {
-      clear(to, g.kw * g.c);
+      clear(to, width * g.c);
       continue;
     }
     clear(to, left * g.c);
     copy(to + left * g.c, image + (y * g.w + x + left) * g.c, (right - left) * g.c);
-    clear(to + right * g.c, (g.kw - right) * g.c);
+    clear(to + right * g.c, (width - right) * g.c);
   }
 }
 
@@ -96,12 +111,14 @@ void gather_pixel(const ConvGeometry& g, const float* image, int64_t oy, int64_t
 void gather(const Block& block, int64_t index) {
   Pixels& pixels = block.table[index];
   if (!locate(block, index, pixels)) return;
-  const ConvGeometry& g = block.job.g;
-  for (int64_t i = 0; i < pixels.count; ++i) {
-    const int64_t pixel = pixels.first + i, y = pixel / g.ow;
-    const float* image = block.job.x + y / g.oh * g.h * g.w * g.c;
-    gather_pixel(g, image, y % g.oh, pixel % g.ow, block.gathered + (pixel - block.first) * block.depth);
-  }
+  const Rows& rows = pixels.rows;
+  float* const to = block.gathered + (pixels.first - block.first) * block.depth;
+  const int64_t c = block.job.g.c;
+  if (rows.row != block.depth)
+    return gather_pixels(block.job, pixels.first, rows.segment / c, pixels.skipped, rows.segments, to);
+  for (int64_t i = 0; i < pixels.count; ++i)
+    gather_pixels(block.job, pixels.first + i, rows.length / c, pixels.skipped, rows.segments,
+                  to + i * block.depth);
 }
 
 // A part of the sum: some segments of the rows, or a piece of one, and its place among all taps.
@@ -110,45 +127,68 @@ struct Part {
 };
 
 struct Parts {
-  int64_t count, segment_pieces, group;
-  explicit Parts(const Rows& rows) {
-    segment_pieces = most((rows.length + kPart / 2) / kPart, 1);
-    group = segment_pieces > 1 ? 1 : most(kPart / rows.length, 1);
-    count = (rows.segments + group - 1) / group * segment_pieces;
+  int64_t segments, length;  // of a pixel
+  int64_t count, pieces, group;
+  explicit Parts(const ConvGeometry& g) : segments(g.kh), length(g.kw * g.c) {
+    pieces = most((length + kPart / 2) / kPart, 1);
+    group = pieces > 1 ? 1 : most(kPart / length, 1);
+    count = (segments + group - 1) / group * pieces;
   }
-  Part operator()(const Rows& rows, int64_t index) const {
-    const int64_t segment = index / segment_pieces * group, piece = index % segment_pieces;
-    const int64_t begin = part(rows.length, segment_pieces, piece);
-    return {segment, least(group, rows.segments - segment), begin,
-            part(rows.length, segment_pieces, piece + 1) - begin};
+  Part operator()(int64_t index) const {
+    const int64_t segment = index / pieces * group, piece = index % pieces,
+                  begin = part(length, pieces, piece);
+    return {segment, least(group, segments - segment), begin, part(length, pieces, piece + 1) - begin};
   }
 };
 
-inline Rows rows_of(const Rows& rows, const Part& p) {
-  return {rows.a + p.segment * rows.segment + p.begin, rows.row, p.length, p.segments, rows.segment};
+// True if the epilogue is no more than a bias and bounds.
+bool bounds_of(const ConvJob& job, int64_t column, int64_t at, Bounds& bounds) {
+  const ConvEpilogue& e = job.epilogue;
+  const float infinity = __builtin_inff();
+  const bool is_relu6 = e.activation == Activation::kRelu6;
+  bounds = {e.bias ? e.bias + column : nullptr,
+            e.activation == Activation::kNone ? -infinity : 0.0f,
+            is_relu6 ? 6.0f : infinity,
+            job.out + at,
+            job.g.k,
+            job.g.k - column};
+  const bool is_bounding = e.activation == Activation::kNone || e.activation == Activation::kRelu || is_relu6;
+  return is_bounding && !e.scale && !e.residual;
+}
+
+// A part of the sums of a tile: what is not in the padding above and below. Finishes if it is the last one.
+void multiply_tile(const Block& block, const Pixels& pixels, const Part& taps, int64_t unit, float* sums) {
+  const ConvJob& job = block.job;
+  const Rows& rows = pixels.rows;
+  const int64_t from = most(taps.segment, pixels.skipped), end = pixels.skipped + rows.segments;
+  const int64_t to = least(taps.segment + taps.segments, end);
+  if (from >= to) return;
+  const int64_t width = block_width(job.columns, unit), column = unit * job.columns.wide;
+  const bool is_first = from == pixels.skipped && taps.begin == 0;
+  const bool is_last = to == end && taps.begin + taps.length == rows.length;
+  const float* a = rows.a + (from - pixels.skipped) * rows.segment + taps.begin;
+  const float* b =
+      block_weight(job.columns, job.weight, unit, block.depth) + (from * rows.length + taps.begin) * width;
+  const int64_t at = pixels.first * job.g.k + column;
+  Bounds bounds;
+  const bool is_bounded = is_last && bounds_of(job, column, at, bounds);
+  multiply_of(pixels.count, width)({a, rows.row, taps.length, to - from, rows.segment}, b, sums, width,
+                                   !is_first, is_bounded ? &bounds : nullptr);
+  if (is_last && !is_bounded)
+    finish_of(job)(job,
+                   {sums, 0, width, 1, pixels.count, at, 0, job.g.k, column, least(job.g.k - column, width)});
 }
 
 // Unit: a block of columns, for all pixels of the block.
 void multiply_unit(const Block& block, int64_t unit) {
-  const ConvJob& job = block.job;
-  const int64_t width = block_width(job.columns, unit), column = unit * job.columns.wide;
-  const float* weight = block_weight(job.columns, job.weight, unit, block.depth);
-  const Finish finish = finish_of(job);
+  const Parts parts(block.job.g);
+  const int64_t width = block_width(block.job.columns, unit);
   alignas(64) float sums[kConvPixels * kWide];
-  const Parts parts(block.table[0].rows);
-  const auto finish_pixels = [&](int64_t first, int64_t count, const float* from) {
-    finish(job, {from, 0, width, 1, count, first * job.g.k + column, 0, job.g.k, column,
-                 least(job.g.k - column, width)});
-  };
   for (int64_t p = 0; p < parts.count; ++p) {
+    const Part taps = parts(p);
     for (int64_t t = 0; t < block.tiles; ++t) {
       const Pixels& pixels = block.table[t];
-      const Part taps = parts(pixels.rows, p);
-      float* to = sums + (pixels.first - block.first) * width;
-      multiply_of(pixels.count, width)(rows_of(pixels.rows, taps),
-                                       weight + (taps.segment * pixels.rows.length + taps.begin) * width, to,
-                                       width, p > 0);
-      if (p == parts.count - 1) finish_pixels(pixels.first, pixels.count, to);
+      multiply_tile(block, pixels, taps, unit, sums + (pixels.first - block.first) * width);
     }
   }
 }

@@ -8,9 +8,6 @@
 namespace updp {
 namespace {
 
-inline Vec at_most(Vec x, float high) { return x > high ? splat(high) : x; }  // keeps a NaN
-inline Vec at_least(Vec x, float low) { return x < low ? splat(low) : x; }
-
 // e^x to an ulp or two; x is held to where 2^n is a normal number.
 inline Vec exponential(Vec x) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer

@@ -18,9 +18,32 @@ struct Rows {
   int64_t segment;  // step from one to the next
 };
 
-// sums[i * step + column] = (add ? sums : 0) + rows[i] . b[column], in the order of k.
+// The epilogues that cost nothing where the sums are still in registers: a bias and bounds.
+struct Bounds {
+  const float* bias;  // or null
+  float low, high;
+  float* out;
+  int64_t step;     // from a row to the next
+  int64_t columns;  // that exist
+};
+
 template <int kCount, int kVectors>
-void multiply(const Rows& rows, const float* b, float* sums, int64_t step, bool add) {
+inline void store_bounded(const Vec (&total)[kCount][kVectors], const Bounds& to) {
+  UPDP_UNROLL for (int v = 0; v < kVectors; ++v) {
+    const int64_t column = v * kLanes, count = least(to.columns - column, kLanes);
+    if (count <= 0) return;
+    const Vec bias = to.bias ? load_some(to.bias + column, count) : Vec{};
+    UPDP_UNROLL for (int i = 0; i < kCount; ++i) {
+      const Vec value = at_most(at_least(total[i][v] + bias, to.low), to.high);
+      store_some(to.out + i * to.step + column, value, count);
+    }
+  }
+}
+
+// total[i][column] = (add ? sums[i * step + column] : 0) + rows[i] . b[column], in the order of k; what comes
+// out goes to sums again, or, with bounds, finished to the output.
+template <int kCount, int kVectors>
+void multiply(const Rows& rows, const float* b, float* sums, int64_t step, bool add, const Bounds* bounds) {
   Vec total[kCount][kVectors] = {};
   // One pointer for three rows: their addresses are the pointer plus 0, 1 or 2 times the row.
   constexpr int kPointers = (kCount + 2) / 3;
@@ -38,15 +61,19 @@ void multiply(const Rows& rows, const float* b, float* sums, int64_t step, bool 
       b += kVectors * kLanes;
     }
   }
-  UPDP_UNROLL for (int i = 0; i < kCount; ++i) {
-    UPDP_UNROLL for (int v = 0; v < kVectors; ++v) {
-      float* to = sums + i * step + v * kLanes;
-      store(to, add ? load(to) + total[i][v] : total[i][v]);
+  if (add) {
+    UPDP_UNROLL for (int i = 0; i < kCount; ++i) {
+      UPDP_UNROLL for (int v = 0; v < kVectors; ++v) total[i][v] += load(sums + i * step + v * kLanes);
     }
+  }
+  if (bounds) return store_bounded(total, *bounds);
+  UPDP_UNROLL for (int i = 0; i < kCount; ++i) {
+    UPDP_UNROLL for (int v = 0; v < kVectors; ++v) store(sums + i * step + v * kLanes, total[i][v]);
   }
 }
 
-using Multiply = void (*)(const Rows& rows, const float* b, float* sums, int64_t step, bool add);
+using Multiply = void (*)(const Rows& rows, const float* b, float* sums, int64_t step, bool add,
+                          const Bounds* bounds);
 
 template <int kVectors, int... kCounts>
 struct Multiplies {

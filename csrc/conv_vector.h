@@ -76,6 +76,9 @@ inline void store_some(float* to, Vec value, int64_t count) {
     store(to, value);
 }
 
+inline Vec at_most(Vec x, float high) { return x > high ? splat(high) : x; }  // keeps a NaN
+inline Vec at_least(Vec x, float low) { return x < low ? splat(low) : x; }
+
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 

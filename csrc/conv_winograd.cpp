@@ -136,7 +136,8 @@ void multiply_unit(const ConvJob& job, const Block<kM>& b, int64_t unit) {
   for (int64_t i = 0; i < parts; ++i) {
     const int64_t begin = part(b.tiles, parts, i), count = part(b.tiles, parts, i + 1) - begin;
     const Rows rows{from + begin * b.row, b.row, c, 1, 0};
-    multiply_of(count, width)(rows, weight, to + begin * job.columns.padded, job.columns.padded, false);
+    multiply_of(count, width)(rows, weight, to + begin * job.columns.padded, job.columns.padded, false,
+                              nullptr);
   }
 }
 
