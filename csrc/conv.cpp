@@ -133,6 +133,7 @@ ConvBlocking conv_blocking(std::string_view algorithm, const ConvGeometry& g, co
   const int64_t tile = conv_tile(algorithm);
   if (tile && (g.sh != 1 || g.sw != 1))
     throw std::invalid_argument("conv: " + std::string(algorithm) + " is for stride 1");
+  if (g.n == 0) return {};
   ConvBlocking b = tile ? winograd_blocking(tile, g, columns) : direct_blocking(g, columns);
   const int64_t useful = std::max<int64_t>(products_of(g) / kProductsPerThread, 1);
   b.workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), useful));

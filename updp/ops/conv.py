@@ -177,8 +177,10 @@ def _plan(text: str, shape: tuple[int, ...]) -> _Plan | None:
         return None
     table.pick("conv", torch.float32, form.variant)
     if len(shape) < 1 or (len(shape) != 4 and not form.is_linear):
-        raise ValueError(f"conv: the input has shape {shape}, need {'(..., C)' if form.is_linear else '(N, C, H, W)'}")
-    n, c, h, w = (1, shape[-1], 1, math.prod(shape[:-1])) if form.is_linear else shape
+        raise ValueError(
+            f"conv: the input has shape {tuple(shape)}, need {'(..., C)' if form.is_linear else '(N, C, H, W)'}"
+        )
+    n, c, h, w = (math.prod(shape[:-1]), shape[-1], 1, 1) if form.is_linear else shape
     weight = _four(form.weight)
     compiled = table.NATIVE.ConvPlan(form.variant, (n, h, w, c), weight, form.stride, form.padding)
     n, height, width, k = compiled.out_shape
