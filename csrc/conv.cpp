@@ -97,7 +97,7 @@ ConvBlocking winograd_blocking(int64_t tile, const ConvGeometry& g, const ConvCo
   const int64_t row = ceiling(g.c, columns.lanes) * columns.lanes;
   const int64_t bytes = points * (row + columns.padded) * int64_t{sizeof(float)};
   const bool large = points * g.c * columns.padded > (1 << 20);
-  const int64_t most = large ? 96 : std::clamp<int64_t>(kCacheBytes / bytes, 24, 96);
+  const int64_t most = large ? 140 : std::clamp<int64_t>(kCacheBytes / bytes, 28, 98);
   ConvBlocking b{};
   b.line = 1;
   b.items = g.n * ceiling(g.oh, tile) * ceiling(g.ow, tile);

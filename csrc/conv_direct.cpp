@@ -11,7 +11,7 @@ namespace {
 
 // The sum is taken in parts of so many products: what is added to a sum stays comparable with it, and a part
 // of the weight's columns stays in the first cache while all rows of a block meet it.
-constexpr int64_t kPart = 384;
+constexpr int64_t kPart = 256;
 
 // A tile of at most kRows pixels of a block, and where its taps are.
 struct Pixels {
@@ -170,6 +170,9 @@ void multiply_tile(const Block& block, const Pixels& pixels, const Part& taps, i
   const float* b =
       block_weight(job.columns, job.weight, unit, block.depth) + (from * rows.length + taps.begin) * width;
   const int64_t at = pixels.first * job.g.k + column;
+  // What is written last is asked for first.
+  for (int64_t i = 0; i < pixels.count && is_last; ++i)
+    for (int64_t v = 0; v < width; v += 16) __builtin_prefetch(job.out + at + i * job.g.k + v, 1);
   Bounds bounds;
   const bool is_bounded = is_last && bounds_of(job, column, at, bounds);
   multiply_of(pixels.count, width)({a, rows.row, taps.length, to - from, rows.segment}, b, sums, width,

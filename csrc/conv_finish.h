@@ -8,52 +8,49 @@
 namespace updp {
 namespace {
 
-// e^x to an ulp or two; x is held to where 2^n is a normal number.
-inline Vec exponential(Vec x) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = at_least(at_most(x, 88.0f), -87.0f);
-  const Vec n = (x * 1.44269504f + kMagic) - kMagic;
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  Vec p = splat(0.0013836834f);
-  p = p * r + 0.0083748223f;
-  p = p * r + 0.0416682251f;
-  p = p * r + 0.1666641980f;
-  p = p * r + 0.4999999106f;
+// 2^x for -126 <= x <= 126, to an ulp or two; the polynomials here are least-maximum fits.
+inline Vec power_of_two(Vec x) {
+  constexpr float kMagic =
+      12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the lowest bits
+  const Vec shifted = x + kMagic, r = x - (shifted - kMagic);
+  Vec p = splat(1.53457891e-4f);
+  p = p * r + 1.33999367e-3f;
+  p = p * r + 9.61848907e-3f;
+  p = p * r + 5.55032863e-2f;
+  p = p * r + 2.40226462e-1f;
+  p = p * r + 6.93147182e-1f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const IntVec bits = (__builtin_convertvector(n, IntVec) + 127) << 23;
-  return p * reinterpret_cast<Vec>(bits);
+  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(shifted) << 23));
 }
 
-// erf(z): z P(z^2) up to 1, 1 - e^-Q(z) beyond; both polynomials are least-maximum fits, good to 2e-9.
-inline Vec error_function(Vec z) {
-  const Vec size = z < 0.0f ? -z : z;
-  const Vec s = z * z;
-  Vec p = splat(7.8891193e-05f);
-  p = p * s - 0.00080208411f;
-  p = p * s + 0.00518953521f;
-  p = p * s - 0.02685444430f;
-  p = p * s + 0.11283600330f;
-  p = p * s - 0.37612625957f;
-  p = p * s + 1.12837910652f;
-  const Vec t = at_most(size, 4.0f);
-  Vec q = splat(-0.00018557490f);
-  q = q * t + 0.00293961587f;
-  q = q * t - 0.02180535160f;
-  q = q * t + 0.10303743929f;
-  q = q * t + 0.63822561502f;
-  q = q * t + 1.12704002857f;
-  q = q * t + 0.00035370892f;
-  const Vec tail = 1.0f - exponential(-q);
-  return size > 1.0f ? (z < 0.0f ? -tail : tail) : z * p;
+// The exact one, x (1 + erf(x / sqrt 2)) / 2: the normal distribution's tail beyond |x| is 2^-Q(|x|), to
+// 1e-8.
+inline Vec gelu(Vec x) {
+  const Vec size = at_most(x < 0.0f ? -x : x, 9.0f);
+  Vec q = splat(2.77204845e-6f);
+  q = q * size - 3.86207394e-5f;
+  q = q * size + 1.82547563e-4f;
+  q = q * size + 1.45870203e-4f;
+  q = q * size - 7.07547180e-3f;
+  q = q * size + 5.25050275e-2f;
+  q = q * size + 4.59204912e-1f;
+  q = q * size + 1.15110576f;
+  q = q * size + 1.0f;
+  const Vec tail = x * power_of_two(-q);
+  return x < 0.0f ? tail : x - tail;
+}
+
+inline Vec silu(Vec x) {
+  const Vec power = at_least(at_most(x * -1.44269504f, 126.0f), -126.0f);
+  return x / (1.0f + power_of_two(power));
 }
 
 template <Activation kActivation>
 inline Vec activate(Vec x) {
   if constexpr (kActivation == Activation::kRelu) return at_least(x, 0.0f);
   if constexpr (kActivation == Activation::kRelu6) return at_most(at_least(x, 0.0f), 6.0f);
-  if constexpr (kActivation == Activation::kGelu) return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
-  if constexpr (kActivation == Activation::kSilu) return x / (1.0f + exponential(-x));
+  if constexpr (kActivation == Activation::kGelu) return gelu(x);
+  if constexpr (kActivation == Activation::kSilu) return silu(x);
   if constexpr (kActivation == Activation::kHardswish)
     return x * at_most(at_least(x + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
   return x;

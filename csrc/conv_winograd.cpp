@@ -92,20 +92,29 @@ inline Place place_of(const Block<kM>& b, int64_t tile) {
   return {index / (b.down * b.across), in_image / b.across * kM, in_image % b.across * kM};
 }
 
+// Where the inputs of a tile are: in the image, or zeros.
+template <int kM>
+inline void find_inputs(const ConvJob& job, const Block<kM>& b, const Place& place,
+                        const float* (&from)[kM + 2][kM + 2]) {
+  constexpr int kSide = kM + 2;
+  const ConvGeometry& g = job.g;
+  const int64_t y = place.y - g.top, x = place.x - g.left;
+  const float* corner = job.x + ((place.image * g.h + y) * g.w + x) * g.c;
+  const bool is_inside = y >= 0 && y + kSide <= g.h && x >= 0 && x + kSide <= g.w;
+  for (int i = 0; i < kSide; ++i) {
+    for (int j = 0; j < kSide; ++j) {
+      const bool exists = is_inside || (y + i >= 0 && y + i < g.h && x + j >= 0 && x + j < g.w);
+      from[i][j] = exists ? corner + (i * g.w + j) * g.c : b.zeros;
+    }
+  }
+}
+
 template <int kM>
 void transform_tile(const ConvJob& job, const Block<kM>& b, int64_t tile) {
   constexpr int kSide = Block<kM>::kSide;
   const ConvGeometry& g = job.g;
-  const Place place = place_of(b, tile);
   const float* from[kSide][kSide];
-  for (int i = 0; i < kSide; ++i) {
-    const int64_t y = place.y - g.top + i;
-    const bool inside = y >= 0 && y < g.h;
-    for (int j = 0; j < kSide; ++j) {
-      const int64_t x = place.x - g.left + j;
-      from[i][j] = inside && x >= 0 && x < g.w ? job.x + ((place.image * g.h + y) * g.w + x) * g.c : b.zeros;
-    }
-  }
+  find_inputs(job, b, place_of(b, tile), from);
   for (int64_t c = 0; c < g.c; c += kLanes) {
     const int64_t count = least(g.c - c, kLanes);
     Vec half[kSide][kSide];
