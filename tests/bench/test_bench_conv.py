@@ -155,13 +155,14 @@ def test_guard(request, guard):
 
 def test_guard_of_the_overhead(request):
     """A call costs little more than one of torch's own; its work here is next to nothing."""
-    x, weight, bias = torch.randn(1, 16), torch.randn(16, 16), torch.randn(16)
+    x = torch.randn(1, 16, 1, 1).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(16, 16, 1, 1).contiguous(memory_format=torch.channels_last), torch.randn(16)
     assert ROWS, "updp._C is not built: there is nothing to time"
-    variant = ops.conv_variants((16, 16))[0]
-    packed, form = ops.pack_conv(weight, variant), str(ConvForm(variant, (16, 16)))
+    variant = ops.conv_variants(weight.shape)[0]
+    packed, form = ops.pack_conv(weight, variant), str(ConvForm(variant, tuple(weight.shape)))
     calls: Ways = {
-        "native": partial(torch.ops.updp.linear.default, x, packed, form, bias, None, None, None),
-        "torch": partial(F.linear, x, weight, bias),
+        "native": partial(torch.ops.updp.conv2d.default, x, packed, form, bias, None, None, None),
+        "torch": partial(F.conv2d, x, weight, bias),
     }
     assert torch.allclose(calls["native"](), calls["torch"](), atol=1e-5)
     if not request.config.getoption("benchmark_enable"):
@@ -173,4 +174,4 @@ def test_guard_of_the_overhead(request):
 
     timings = measure({name: partial(often, call) for name, call in calls.items()}, rounds=30, threads=1)
     print("a call in us:", {name: round(timing.median_ms, 2) for name, timing in timings.items()})
-    assert timings["native"].median_ms <= 1.8 * timings["torch"].median_ms, timings
+    assert timings["native"].median_ms <= 2.2 * timings["torch"].median_ms, timings
