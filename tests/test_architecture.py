@@ -35,7 +35,7 @@ FLOORS = {
     ],
     2: ["models", "structure", "widths", "padding", "composing", "runs", "recipe", "data"],
     3: ["stretches", "supernet", "merging", "certificate", "graph", "oracle", "conformance", "artefact"],
-    4: ["search", "train", "calibrate", "draft", "deploy", "exporting", "bench", "zoo", "tables"],
+    4: ["search", "train", "calibrate", "draft", "exporting", "deployment", "bench", "zoo", "tables"],
     5: ["report", "pipeline"],
     6: ["cli", "__main__"],
 }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from updp.artefact import load as load
     from updp.artefact import verify as verify
     from updp.certificate import merge as merge
+    from updp.deployment import deploy as deploy
     from updp.exporting import export as export
     from updp.spec import list_specs as list_specs
     from updp.spec import load_spec as load_spec
@@ -32,6 +33,7 @@ _HOMES = {
     "SubnetConfig": "updp.subnet",
     "allow_modules": "updp.allowed",
     "build_supernet": "updp.supernet",
+    "deploy": "updp.deployment",
     "export": "updp.exporting",
     "list_specs": "updp.spec",
     "list_subnets": "updp.subnet",

@@ -61,7 +61,7 @@ def export_network(network: nn.Module, input: tuple[int, int, int], out: Path, f
     network = network.eval()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, *input, generator=generator)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.export.export(network, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
         with replacing(out) as temporary:
             if format == "onnx":
@@ -112,7 +112,7 @@ def _check(network: nn.Module, x: Tensor, path: Path, format: Format) -> float |
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporters report their own deprecations and progress; none of it concerns the user."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
     levels = [logger.level for logger in loggers]

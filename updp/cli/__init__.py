@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from updp import __version__
-from updp.cli import about, calibration, networks, runs, status, tables
+from updp.cli import about, calibration, deploying, networks, runs, status, tables
 from updp.cli.modules import with_modules
 from updp.errors import UpdpError
 from updp.pipeline.program import remember
@@ -65,6 +65,7 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "check": (networks.check, "updp check {spec} my_network.yaml"),
         "count": (networks.count, "updp count {spec} --subnet runs/first/search/subnet.json"),
         "verify": (networks.verify, "updp verify runs/first/merge/merged.safetensors"),
+        "deploy": (deploying.deploy, "updp deploy runs/first/merge/merged.safetensors --threads 1"),
         "export": (networks.export, "updp export runs/first/merge/merged.safetensors --format torch-export"),
     },
     _ABOUT: {
