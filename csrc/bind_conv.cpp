@@ -60,8 +60,9 @@ class ConvPlan {
 
   // Addresses; 0 for what is left out.
   void run(uintptr_t x, uintptr_t packed, uintptr_t out, uintptr_t bias, uintptr_t scale, uintptr_t shift,
-           uintptr_t residual, int activation, bool residual_first, int threads) {
-    const int64_t outputs = g_.n * g_.oh * g_.ow * g_.k;
+           uintptr_t residual, bool residual_shared, int activation, bool residual_first, int threads) {
+    const int64_t image = g_.oh * g_.ow * g_.k, outputs = g_.n * image;
+    const int64_t period = residual_shared ? image : outputs;
     const auto channels = [&](uintptr_t address) { return address == 0 ? 0 : g_.k; };
     const Floats result{"out", out, outputs};
     result.check();
@@ -69,7 +70,7 @@ class ConvPlan {
          {Floats{"the input", x, g_.n * g_.h * g_.w * g_.c}, Floats{"the packed weight", packed, packed_},
           Floats{"bias", bias, channels(bias)}, Floats{"scale", scale, channels(scale)},
           Floats{"shift", shift, channels(shift)},
-          Floats{"residual", residual, residual == 0 ? 0 : outputs}}) {
+          Floats{"residual", residual, residual == 0 ? 0 : period}}) {
       array.check();
       if (array.overlaps(result))
         throw std::invalid_argument(std::string("conv: out overlaps ") + array.name);
@@ -79,9 +80,9 @@ class ConvPlan {
       throw std::invalid_argument("conv: there is no activation " + std::to_string(activation));
     if (threads < 1) throw std::invalid_argument("conv: threads must be at least 1");
     ConvJob job{g_, columns_, blocking_, {}, pointer(x), pointer(packed), reinterpret_cast<float*>(out)};
-    job.epilogue = {
-        pointer(bias), pointer(scale), pointer(shift), pointer(residual), static_cast<Activation>(activation),
-        residual_first};
+    job.epilogue = {pointer(bias),     pointer(scale), pointer(shift),
+                    pointer(residual), period,         static_cast<Activation>(activation),
+                    residual_first};
     if (threads != threads_) job.blocking = conv_blocking(kernel_.algorithm, g_, columns_, threads);
     const py::gil_scoped_release released;
     conv(reinterpret_cast<ConvKernel>(kernel_.function), job);
@@ -142,8 +143,8 @@ void bind_conv(py::module_& module) {
       .def_property_readonly("out_shape", &ConvPlan::out_shape)
       .def_property_readonly("packed_size", &ConvPlan::packed_size)
       .def("run", &ConvPlan::run, py::arg("x"), py::arg("packed"), py::arg("out"), py::arg("bias"),
-           py::arg("scale"), py::arg("shift"), py::arg("residual"), py::arg("activation"),
-           py::arg("residual_first"), py::arg("threads"),
+           py::arg("scale"), py::arg("shift"), py::arg("residual"), py::arg("residual_shared"),
+           py::arg("activation"), py::arg("residual_first"), py::arg("threads"),
            "Run on float32 arrays at these addresses, 0 for none.");
 }
 

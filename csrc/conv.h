@@ -23,13 +23,14 @@ struct ConvGeometry {
   int64_t oh, ow;                    // output size, filled in by conv_geometry
 };
 
-// Pointers may be null, except where the sizes say otherwise: bias, scale and shift have k elements, residual
-// is as out.
+// Pointers may be null, except where the sizes say otherwise: bias, scale and shift have k elements; residual
+// is as out, or as one image of it, and then the same for all: it repeats after residual_period elements.
 struct ConvEpilogue {
   const float* bias;
   const float* scale;
   const float* shift;
   const float* residual;
+  int64_t residual_period;
   Activation activation;
   bool residual_first;  // residual is added before the activation, not at the end
 };

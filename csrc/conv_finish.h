@@ -70,7 +70,8 @@ struct Tile {
 template <Activation kActivation>
 inline Vec finish_vector(Vec sum, const ConvEpilogue& e, const Vec (&channel)[3], int64_t at, int64_t count) {
   Vec residual = {};
-  if (e.residual) residual = load_some(e.residual + at, count);
+  if (e.residual)
+    residual = load_some(e.residual + (at < e.residual_period ? at : at % e.residual_period), count);
   sum += channel[0];
   if (e.residual_first) sum += residual;
   sum = activate<kActivation>(sum);

@@ -67,7 +67,8 @@ class Case:
         self.vectors = {"bias": pick(None, randn(k))} | dict.fromkeys(("scale", "shift"))
         if pick(True, False):
             self.vectors |= {"scale": randn(k), "shift": randn(k)}
-        residual = randn(batch, k, *out).contiguous(memory_format=pick(torch.channels_last, torch.contiguous_format))
+        residual = randn(pick(batch, 1), k, *out)
+        residual = residual.contiguous(memory_format=pick(torch.channels_last, torch.contiguous_format))
         self.residual = pick(None, residual)
         activation = pick(*ops.ACTIVATIONS)
         self.form = ConvForm(row.name, (k, c, *kernel), stride, padding, activation, residual_first=pick(True, False))

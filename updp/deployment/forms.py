@@ -226,8 +226,6 @@ class NativeForm(Form):
         self._run = torch.ops.updp.linear.default if problem.is_linear else torch.ops.updp.conv2d.default
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if residual is not None and residual.shape[0] != x.shape[0]:
-            residual = residual.expand(x.shape[0], *residual.shape[1:])
         out: Tensor = self._run(x, self.packed, self.text, self.bias, self.scale, self.shift, residual)
         return out
 

@@ -87,7 +87,8 @@ def conv2d(
         bias: ``(K,)``.
         scale: ``(K,)``, behind the activation; together with ``shift``.
         shift: ``(K,)``.
-        residual: as the output; the form says whether it is added before the activation or at the end.
+        residual: as the output, or one image for all of them; the form says whether it is added before the
+            activation or at the end.
 
     Returns:
         ``(N, K, H', W')`` in ``channels_last``. The same bits on any number of threads; variants differ by rounding.
@@ -207,8 +208,11 @@ def _run(
         _refuse_gradients(x, packed, bias, scale, shift, residual)
     if x.dtype is not torch.float32 or (residual is not None and residual.dtype is not torch.float32):
         raise TypeError(f"conv: the input is {x.dtype}, the residual {getattr(residual, 'dtype', None)}, need float32")
+    shared = False
     if residual is not None and residual.shape != plan.shape:
-        raise ValueError(f"conv: the residual has shape {tuple(residual.shape)}, the output {plan.shape}")
+        shared = residual.shape == (1, *plan.shape[1:]) and len(plan.shape) == 4
+        if not shared:
+            raise ValueError(f"conv: the residual has shape {tuple(residual.shape)}, the output {plan.shape}")
     if (scale is None) != (shift is None):
         raise ValueError("conv: scale and shift come together, got one of them")
     out = torch.empty_strided(plan.shape, plan.strides)
@@ -220,6 +224,7 @@ def _run(
         0 if scale is None else _address("scale", scale, plan.channels),
         0 if shift is None else _address("shift", shift, plan.channels),
         0 if residual is None else residual.data_ptr(),
+        shared,
         plan.activation,
         plan.residual_first,
         torch.get_num_threads(),
