@@ -354,7 +354,8 @@ def test_bad_weights_are_named():
 
 
 PLAN = {"variant": PORTABLE, "input": (1, 8, 8, 3), "weight": (4, 3, 3, 3), "stride": (1, 1), "padding": (1, 1, 1, 1)}
-RUN = dict.fromkeys(("bias", "scale", "shift", "residual", "activation"), 0) | {"residual_first": False, "threads": 1}
+RUN = dict.fromkeys(("bias", "scale", "shift", "residual", "activation"), 0)
+RUN |= {"residual_shared": False, "residual_first": False, "threads": 1}
 DOOR = {
     "another op": (PLAN, {"variant": "dwcompose_lanes_f32_portable"}, "there is no kernel .* of conv"),
     "stride": (PLAN, {"stride": (0, 1)}, "a stride is 0, allowed: 1 to 2147483647"),

@@ -116,16 +116,24 @@ def _fuse(graph: fx.GraphModule, dtype: torch.dtype) -> list[Fused]:
         fused.append(module)
     settle_affines(graph, dtype)
     join_permutations(graph)
-    for left in list(own_tensors(graph)):
-        owner, own = _owner(graph, left)
-        delattr(owner, own)
-    for name, parameter in list(graph.named_parameters()):  # the same memory, without gradients
-        owner, own = _owner(graph, name)
-        delattr(owner, own)
-        owner.register_buffer(own, parameter.detach())
+    _settle_tensors(graph)
     graph.graph.lint()
     graph.recompile()
     return fused
+
+
+def _settle_tensors(graph: fx.GraphModule) -> None:
+    """Drop what no node reads any more; what is left has no gradients, and maps have their channels last."""
+    for left in list(own_tensors(graph)):
+        owner, own = _owner(graph, left)
+        delattr(owner, own)
+    for name, parameter in list(graph.named_parameters()):  # the same memory
+        owner, own = _owner(graph, name)
+        delattr(owner, own)
+        owner.register_buffer(own, parameter.detach())
+    for name, map_ in list(graph.named_buffers(recurse=False)):
+        if map_.dim() == 4:  # a constant that is added to a map
+            graph.register_buffer(name, map_.contiguous(memory_format=torch.channels_last))
 
 
 def _name(chain: Chain, taken: Collection[str]) -> str:
