@@ -211,7 +211,7 @@ def test_nothing_is_written_beside_the_output():
         packed, room = ops.pack_conv(weight, name), torch.full((2 * 5 * 7 * 6 + 64,), 7.0)
         plan = table.NATIVE.ConvPlan(name, (2, 7, 6, 3), (5, 3, 3, 3), (1, 1), (1, 1, 1, 1))
         assert plan.out_shape == [2, 7, 6, 5]
-        plan.run(x.data_ptr(), packed.data_ptr(), room.data_ptr() + 128, 0, 0, 0, 0, 0, False, 1)
+        plan.run(x.data_ptr(), packed.data_ptr(), room.data_ptr() + 128, 0, 0, 0, 0, False, 0, False, 1)
         assert (room[:32] == 7).all()
         assert (room[-32:] == 7).all()
         assert not (room[32:-32] == 7).any()
