@@ -35,8 +35,8 @@ FLOORS = {
     ],
     2: ["models", "structure", "widths", "padding", "composing", "runs", "recipe", "data"],
     3: ["stretches", "supernet", "merging", "certificate", "graph", "oracle", "conformance", "artefact"],
-    4: ["search", "train", "calibrate", "draft", "exporting", "deployment", "bench", "zoo", "tables"],
-    5: ["report", "pipeline"],
+    4: ["search", "train", "calibrate", "draft", "exporting", "deployment", "zoo", "tables"],
+    5: ["report", "pipeline", "bench"],
     6: ["cli", "__main__"],
 }
 ORDER = [room for floor in sorted(FLOORS) for room in FLOORS[floor]]

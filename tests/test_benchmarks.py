@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -15,7 +16,7 @@ from updp.artefact import save_tensors
 from updp.randomize import randomize
 from updp.spec import parse_spec
 from updp.structure import create_model
-from updp.subnet import SubnetConfig
+from updp.subnet import SubnetConfig, list_subnets
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "cifar_resnet"
@@ -137,3 +138,70 @@ def test_what_cannot_be_dropped_is_said(study):
     assert fitted == [block]
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+
+
+# --- performance ---
+
+
+@pytest.fixture
+def performance(monkeypatch):
+    """The script, as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("performance")
+    for name in ("performance", "performance_page"):
+        sys.modules.pop(name, None)
+
+
+def test_the_page_of_performance_is_what_the_files_give(performance):
+    assert performance.PAGE.read_text() == performance.performance_page.page(performance.RESULTS)
+
+
+def test_performance_measures_every_network_once(performance, monkeypatch, tmp_path, capsys):
+    shipped = len(list_subnets())
+    parts = {part: list(performance.jobs(part, tmp_path, 1.0)) for part in performance.PARTS}
+    assert {part: len(found) for part, found in parts.items()} == {
+        "runtimes": 5, "papers": shipped, "layers": 2 * (shipped + 1),
+    }  # fmt: skip
+    assert len({job.file for found in parts.values() for job in found}) == 5 + shipped + 2 * (shipped + 1)
+    names = {job.file.stem for job in parts["papers"]}
+    assert set(performance.performance_page.PUBLISHED) <= names
+
+    def made(command, **options):
+        """As a table of results, without measuring."""
+        assert command[1:3] == ["-m", "updp"]
+        made.calls.append(command)
+        spec, subnet, folder = command[4], command[6], Path(command[-1])
+        layers = "--layers" in command
+        name = f"{spec}-{subnet.replace(':', '_')}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}{'.layers' * layers}.json").write_text(json.dumps(fake_result(name, layers)))
+        return subprocess.CompletedProcess(command, 0)
+
+    made.calls = []
+    monkeypatch.setattr(performance.subprocess, "run", made)
+    assert performance.main(["--out", str(tmp_path)]) == 0
+    assert len(made.calls) == 5 + shipped + 2 * (shipped + 1)
+    text = (tmp_path / "performance.md").read_text()
+    assert "| resnet34 updp_p10 | 8 | 1 | 9.00 (18.0) | **6.00 (12.0)** | **1.50** (1.40 to 1.60; torch) |" in text
+    assert "| resnet34 updp_p10 | 1.43 (table 1) | 1.50 | 2.00 | 2.00 |" in text
+    assert "| resnet34 updp_p10 | 1 | 1 of 1 | 2.50 (1) | 2.50 | 99 |".replace("99 |", "99, 150 %") in text
+    assert performance.main(["--out", str(tmp_path)]) == 0
+    assert len(made.calls) == 5 + shipped + 2 * (shipped + 1)  # nothing twice
+
+
+def fake_result(name, layers):
+    spec, _, subnet = name.partition("-")
+    env = {"cpu": "a CPU", "cpus": 2, "isa": ["avx2"], "updp": "1", "python": "3", "torch": "2", "packages": {}}
+    network = {"name": name, "spec": spec, "subnet": subnet, "macs": {"unpruned": 3, "merged": 2}}
+    if layers:
+        layer = {"problem": "8x8x3x3 pad 1,1,1,1", "against_torch": {"ratio": 2.5}, "native": {"of_roofline": 1.5}}
+        return {"environment": env, "network": network, "roofline": {"gmacs": 99.0}, "layers": [layer]}
+    rows = [
+        {"runtime": runtime, "network": which, "status": "ok", "reason": "", "timing": {"median_ms": ms * factor}}
+        for runtime, ms in (("torch", 9.0), ("deployed", 6.0)) for which, factor in (("unpruned", 2), ("merged", 1))
+    ]  # fmt: skip
+    ratio = {"ratio": 1.5, "low": 1.4, "high": 1.6}
+    against = [{"runtime": "deployed", "network": "merged", "other": "torch", **ratio}]
+    merging = [{"runtime": runtime, "ratio": 2.0} for runtime in ("torch", "deployed")]
+    table = {"batch": 8, "threads": 1, "rows": rows, "against": against, "merging": merging}
+    return {"environment": env, "network": network, "missing": [], "tables": [table]}

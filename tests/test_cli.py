@@ -51,7 +51,7 @@ def test_help_shows_an_example(call, command):
 
 
 def test_there_are_as_many_commands_as_there_should_be(call):
-    assert len(COMMANDS) == 17
+    assert len(COMMANDS) == 18
     done = call("--help")
     assert [name for name in COMMANDS if name not in done.out] == []
 

@@ -137,6 +137,8 @@ def measure(
     warmup: int = 5,
     threads: int | None = None,
     device: str | torch.device = "cpu",
+    before: Callable[[str], object] | None = None,
+    calls: int = 1,
 ) -> dict[str, Timing]:
     """Time functions in turns, in inference mode and without garbage collection.
 
@@ -148,12 +150,14 @@ def measure(
         warmup: how many rounds run first without being timed.
         threads: of torch, while measuring; None leaves them as they are.
         device: where the functions compute; on anything but the CPU a run lasts until the device is done.
+        before: called with the name of a function before its turn, untimed.
+        calls: how often a function is called and timed in its turn.
 
     Raises:
-        ValueError: no functions, or no rounds.
+        ValueError: no functions, no rounds or no calls.
     """
-    if not functions or rounds < 1 or warmup < 0:
-        raise ValueError(f"got {len(functions)} functions, {rounds} rounds and {warmup} rounds of warm-up")
+    if not functions or rounds < 1 or warmup < 0 or calls < 1:
+        raise ValueError(f"got {len(functions)} functions, {rounds} rounds, {warmup} of warm-up and {calls} calls")
     wait = _waiting(torch.device(device))
     names = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -161,12 +165,15 @@ def measure(
         for turn in range(-warmup, rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                wait()
-                start = time.perf_counter_ns()
-                functions[name]()
-                wait()
-                if turn >= 0:
-                    samples[name].append((time.perf_counter_ns() - start) / 1e6)
+                if before is not None:
+                    before(name)
+                for _ in range(calls):
+                    wait()
+                    start = time.perf_counter_ns()
+                    functions[name]()
+                    wait()
+                    if turn >= 0:
+                        samples[name].append((time.perf_counter_ns() - start) / 1e6)
     return {name: Timing.from_samples(name, samples[name]) for name in names}
 
 
@@ -176,16 +183,26 @@ def compare(
     device: str | torch.device = "cpu",
     *,
     least: int = _ROUNDS[0],
+    warmup: int = 5,
+    before: Callable[[str], object] | None = None,
+    calls: int = 1,
 ) -> dict[str, Timing]:
-    """Time functions in turns, as often as fits into about so many seconds, but ``least`` times."""
+    """Time functions in turns, as often as fits into about so many seconds, but in ``least`` rounds.
+
+    The other arguments are those of :func:`measure`.
+    """
     with torch.inference_mode():
         for function in functions.values():
             function()
         start = time.perf_counter()
-        for function in functions.values():
-            function()
+        for name, function in functions.items():
+            if before is not None:
+                before(name)
+            for _ in range(calls):
+                function()
         once = time.perf_counter() - start
-    return measure(functions, rounds=min(max(round(seconds / once), least), _ROUNDS[1]), device=device)
+    rounds = min(max(round(seconds / once), least), _ROUNDS[1])
+    return measure(functions, rounds=rounds, warmup=warmup, device=device, before=before, calls=calls)
 
 
 def speedup(before: Timing, after: Timing) -> Speedup:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from updp import __version__
-from updp.cli import about, calibration, deploying, networks, runs, status, tables
+from updp.cli import about, bench, calibration, deploying, networks, runs, status, tables
 from updp.cli.modules import with_modules
 from updp.errors import UpdpError
 from updp.pipeline.program import remember
@@ -67,6 +67,7 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "verify": (networks.verify, "updp verify runs/first/merge/merged.safetensors"),
         "deploy": (deploying.deploy, "updp deploy runs/first/merge/merged.safetensors --threads 1"),
         "export": (networks.export, "updp export runs/first/merge/merged.safetensors --format torch-export"),
+        "bench": (bench.bench, "updp bench {spec} --subnet all:full --batch 1,8"),
     },
     _ABOUT: {
         "list": (about.list_specs, "updp list"),

@@ -100,6 +100,19 @@ def deploy(
     return network
 
 
+def fused_chains(model: nn.Module, example: Tensor) -> list[Fused]:
+    """The chains that `deploy` would find in a network, with the shape of each one's input; for looking at them.
+
+    Raises:
+        InputError: the network cannot be captured.
+    """
+    graph = capture(model, example)
+    fused = _fuse(graph, example.dtype)
+    with torch.inference_mode():
+        _observe(Deployed(graph, Plan({}, ())), fused, example)
+    return fused
+
+
 def _fuse(graph: fx.GraphModule, dtype: torch.dtype) -> list[Fused]:
     """Rewrite a captured graph: a module for each chain."""
     name_affines(graph)

@@ -12,7 +12,7 @@ from torch import nn
 from updp.artefact import inspect, load, save_network, source_path
 from updp.certificate import Certificate
 from updp.data import Data
-from updp.errors import InputError, Place, Problem
+from updp.errors import InputError, Place, Problem, suggest
 from updp.files import check_writable
 from updp.oracle import Score
 from updp.pipeline.context import open_for, score
@@ -24,7 +24,8 @@ from updp.pipeline.watch import Watch
 from updp.randomize import randomize, settle
 from updp.spec import ArchSpec, load_spec
 from updp.structure import create_model
-from updp.supernet import build_supernet
+from updp.subnet import SubnetConfig
+from updp.supernet import Supernet, build_supernet
 
 _SUFFIX = ".safetensors"
 
@@ -106,19 +107,44 @@ def merge_spec(
     if out.suffix != _SUFFIX or out.is_dir() or not out.absolute().parent.is_dir():
         raise InputError(f"--out: got {out}, allowed: a file NAME{_SUFFIX} in a folder that exists")
     check_writable(out)
+    supernet = pruned_network(spec, subnet, weights, seed)
+    network, certificate, random = merge_certified(supernet)
+    save_network(out, network, supernet, certificate, random)
+    return Merged(out, network, certificate)
+
+
+def pruned_network(spec: ArchSpec, subnet: str | Path, weights: str | Path | None = None, seed: int = 0) -> Supernet:
+    """A spec's network pruned as a subnet says, ready to merge; all its values are random without weights.
+
+    Args:
+        subnet: the name of a shipped one, a file, or all:RECIPE for every block that the recipe can prune.
+
+    Raises:
+        InputError: subnet or weights do not fit the spec.
+    """
     model = create_model(spec, seed=seed) if weights is None else model_with_weights(spec, weights, None)
     torch.manual_seed(seed)
     supernet = build_supernet(spec, model, resized=True)
     if weights is None:
         randomize(supernet, seed)
-    supernet.reduce(read_subnet(subnet, supernet))
+    supernet.reduce(_chosen(subnet, supernet))
     supernet.free_baseline()
     supernet.eval()
     if weights is None:
         settle(supernet, lambda: supernet(torch.randn(2, *spec.input)))
-    network, certificate, random = merge_certified(supernet)
-    save_network(out, network, supernet, certificate, random)
-    return Merged(out, network, certificate)
+    return supernet
+
+
+def _chosen(subnet: str | Path, supernet: Supernet) -> SubnetConfig:
+    """The subnet; of all:RECIPE the blocks that the recipe can prune."""
+    every, _, recipe = str(subnet).partition(":")
+    if isinstance(subnet, Path) or every != "all" or not recipe:
+        return read_subnet(subnet, supernet)
+    if recipe not in supernet.spec.recipes:
+        raise InputError(f"subnet all:RECIPE: {suggest(recipe, supernet.spec.recipes)}")
+    return SubnetConfig(
+        supernet.spec.name, {name: recipe for name, known in supernet.available.items() if recipe in known}
+    )
 
 
 def products(merged: Merged) -> list[Path]:
