@@ -199,7 +199,7 @@ def _mean(ratios: Sequence[float]) -> str:
 _HOW = [
     "## How it was measured", "",
     "- All runtimes in one process, in turns that begin with another one each round. A turn begins when no thread of "
-    "the process computes, with a call that is not timed; then two are. Medians and quartiles.",
+    "the process computes, with calls that are not timed; then two are. Medians and quartiles.",
     "- Before anything is timed, every runtime's logits are held against torch's: float32 may differ by 1e-4 of the "
     "largest logit, bfloat16 by 0.3. What differs by more is listed as wrong, without a time.",
     "- Every runtime as its own users would use it: torch channels last; torch.compile with frozen weights; ONNX "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ UNPRUNED, MERGED = "unpruned", "merged"
 OK, WRONG, FAILED = "ok", "wrong", "failed"
 _LEAST = 6  # rounds
 _CALLS = 2  # timed calls in a turn
+_WAKING = 0.1  # seconds of calls before those
 _SUFFIX = ".safetensors"
 
 
@@ -201,7 +203,7 @@ def _table(
         right = {row.key: row for row in rows if row.status == OK}
         if right:
             watch.on_note(f"{title}: timing")
-            timings = _timed({key: row.run for key, row in right.items() if row.run is not None}, seconds)
+            timings = _timed({key: row.run for key, row in right.items() if row.run is not None}, seconds, threads)
             for key, timing in timings.items():
                 right[key].timing = timing
         for row in rows:
@@ -243,12 +245,19 @@ def _row(runtime: Runtime, name: str, subject: Subject, x: Tensor, threads: int,
     return Row(runtime, name, OK, error, run=run, memory=memory)
 
 
-def _timed(runs: Mapping[str, Run], seconds: float) -> dict[str, Timing]:
-    """In turns; each begins when all threads are at rest, with a call that is not timed."""
+def _timed(runs: Mapping[str, Run], seconds: float, threads: int) -> dict[str, Timing]:
+    """In turns; each begins when all threads are at rest, with calls that are not timed.
+
+    One call brings weights back into the caches; several threads that were asleep need longer until each has a CPU of
+    its own again.
+    """
 
     def wake(name: str) -> None:
         rest()
+        end = time.perf_counter() + (_WAKING if threads > 1 and seconds > 0 else 0.0)
         runs[name]()
+        while time.perf_counter() < end:
+            runs[name]()
 
     return compare(runs, seconds, least=_LEAST, warmup=1, before=wake, calls=_CALLS)
 

@@ -2,9 +2,11 @@
 
 All of them compute in one process, in turns: what slows the machine slows all of them. Their pools of threads stay out
 of each other's way as long as only one of them is awake; some spin for a while after their work, so `rest` waits until
-nothing computes before the next one's turn, and each turn begins with a call that is not timed, which wakes its
-threads and brings its weights back. What is timed begins with an input as the runtime wants it (channels last for
-torch, an array for others) and ends with its logits.
+nothing computes before the next one's turn, and each turn begins with calls that are not timed, which wake its threads
+and bring its weights back: in such turns every runtime is as fast as alone. Another process that computes is a
+different matter: OpenMP's threads wait for each other, and one that has no CPU costs torch tens of times its work. What
+is timed begins with an input as the runtime wants it (channels last for torch, an array for others) and ends with its
+logits.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from updp.bench.runtimes import Runtime
 
 _RUNTIMES = "torch,deployed,compile,onnxruntime,openvino,openvino-bf16,ncnn"
+_BUSY = 0.7  # load from which on times are doubtful
 _MOST = 1024  # of images in a batch, and of threads
 _TABLE_SECONDS, _LAYER_SECONDS, _FOREVER = 20.0, 1.0, 1e5
 
@@ -70,21 +72,32 @@ def bench(
         raise InputError("--layers: one batch size and one number of threads at a time")
     if out_dir is not None:
         _make_folder(out_dir)
-    from updp.bench.networks import available_cpus, choose_runtimes, opened
+    from updp.bench.networks import choose_runtimes, opened
 
     chosen = choose_runtimes([name.strip() for name in runtimes.split(",")])
-    if max(numbers) > (cpus := available_cpus()):
-        line(err, f"{max(numbers)} threads on {cpus} CPUs: they get in each other's way.", style="yellow")
     measure = _of_layers(batches[0], numbers[0], seconds) if layers else _of(chosen, batches, numbers, seconds)
     results = []
     with ExitStack() as stack:
-        for case in [stack.enter_context(opened(name, subnet)) for name in networks]:
+        cases = [stack.enter_context(opened(name, subnet)) for name in networks]
+        _warn(max(numbers))
+        for case in cases:
             results.append(measure(case))
             files = [] if out_dir is None else _written(results[-1], out_dir)
             if not json:
                 _show(results[-1], files)
     if json:
         print_json(results)
+
+
+def _warn(threads: int) -> None:
+    """Say what makes times doubtful."""
+    from updp.bench.networks import available_cpus
+
+    if threads > (cpus := available_cpus()):
+        line(err, f"{threads} threads on {cpus} CPUs: they get in each other's way.", style="yellow")
+    if (load := os.getloadavg()[0]) > _BUSY:
+        told = f"The machine is busy (load {load:.1f}): times are doubtful, those of several threads worthless."
+        line(err, told, style="yellow")
 
 
 def _of(
