@@ -270,6 +270,18 @@ def test_all_forms_compute_the_same(weight, activation, scaled, residual):
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True)), "nothing that is given is changed"
 
 
+def test_packed_weights_are_kept_for_a_few_shapes():
+    problem = Problem((6, 4, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, "none", False, "none")
+    assert "onednn" in forms_for(problem, (1, 4, 8, 8), torch.float32, torch.device("cpu"))
+    form = build("onednn", problem, Operands(images(6, 4, 3, 3), None, None, None))
+    plain = build("torch", problem, Operands(images(6, 4, 3, 3), None, None, None))
+    for batch in range(1, 8):
+        x = images(batch, 4, 8, 8)
+        assert relative(form(x), plain(x)) <= 1e-5
+        assert 1 <= len(form._packed) <= 4
+    assert copy.deepcopy(form)(x).shape == (7, 6, 8, 8)
+
+
 def test_other_precisions_are_torchs():
     problem = Problem((6, 4, 3, 3), (1, 1), (0, 0, 0, 0), (1, 1), 1, "none", False, "none")
     assert forms_for(problem, (1, 4, 8, 8), torch.bfloat16, torch.device("cpu")) == ["torch"]

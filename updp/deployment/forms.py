@@ -14,6 +14,7 @@ from updp import ops
 from updp.deployment.chains import Chain, Residual
 
 TORCH, ONEDNN = "torch", "onednn"
+_SHAPES = 4  # of inputs, whose packed weights oneDNN's form keeps
 _ATTRIBUTES: dict[str, tuple[str, list[float], str]] = {
     "none": ("none", [], ""), "relu": ("relu", [], ""), "relu6": ("hardtanh", [0.0, 6.0], ""),
     "gelu": ("gelu", [], "none"), "silu": ("swish", [], ""), "hardswish": ("hardswish", [], ""),
@@ -197,6 +198,8 @@ class OneDnnForm(Form):
         problem, own = self.problem, self.plain.operands
         key = tuple(x.shape)
         if (packed := self._packed.get(key)) is None:
+            if len(self._packed) == _SHAPES:
+                self._packed.clear()
             packed = self._packed[key] = _packed(problem, own.weight, key)
         if problem.is_linear:
             return torch.ops.mkldnn._linear_pointwise(x, packed, own.bias, *self.attribute)  # type: ignore[no-any-return]
