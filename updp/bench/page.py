@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -10,7 +11,7 @@ from updp.report.charts import Mark, Measured, RowChart, row_chart
 from updp.report.words import milliseconds
 
 WIDTH = 760.0
-LEFT, RIGHT = 170.0, 640.0  # edges of the bars
+LEFT, RIGHT = 210.0, 640.0  # edges of the bars
 _STEP, _AIR = 14.0, 10.0  # of one bar, between rows
 _COLOURS = {"a": "#0072b2", "b": "#d55e00", "c": "#8a5a9e"}  # the report's
 _TEXT = 'font-family="system-ui, sans-serif" fill="#333"'
@@ -64,8 +65,15 @@ def _layer_chart(result: Result) -> RowChart | None:
         marks = [Measured(style, who, layer[key]["gmacs"]) for style, who, key in
                  (("a", "torch", "torch"), ("b", "updp", "native")) if layer[key] is not None]  # fmt: skip
         value = " → ".join(f"{mark.value:.0f}" for mark in marks)
-        rows.append((layer["problem"], layer["input"], value, marks))
+        rows.append((_short(layer["problem"]), layer["input"], value, marks))
     return row_chart("Layers", "GMAC/s", rows, bars=True)
+
+
+def _short(problem: str) -> str:
+    """A layer without its padding and what follows it: what fits beside a bar."""
+    found = re.match(r"[\dx]+( stride [\dx]+)?", problem)
+    groups = re.search(r" groups \d+", problem)
+    return (found[0] if found else problem) + (groups[0] if groups else "")
 
 
 def _legend(title: str, names: Mapping[str, str]) -> str:
