@@ -58,7 +58,7 @@ ifeq ($(IMAGES),)
 endif
 	$(BIN)/updp calibrate tf_efficientnet_lite0 --weights package --data "folder:$(IMAGES_FROM)" --recipe full --prune 2 --out $(IMAGES_RUN)
 
-test: lint  ## Check style and types, run the tests (under 15 minutes on 2 cores)
+test: lint  ## Check style and types, run the tests (some 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal
 
 test-all: lint  ## As test, with the slow tests
