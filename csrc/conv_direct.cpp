@@ -157,8 +157,10 @@ bool bounds_of(const ConvJob& job, int64_t column, int64_t at, Bounds& bounds) {
 }
 
 // A part of the sums of a tile: what is not in the padding above and below. Finishes if it is the last one.
-void multiply_tile(const Block& block, const Pixels& pixels, const Part& taps, int64_t unit, float* sums) {
+void multiply_tile(const Block& block, int64_t tile, const Part& taps, int64_t unit, float* sums) {
   const ConvJob& job = block.job;
+  const Pixels& pixels = block.table[tile];
+  sums += (pixels.first - block.first) * block_width(job.columns, unit);
   const Rows& rows = pixels.rows;
   const int64_t from = most(taps.segment, pixels.skipped), end = pixels.skipped + rows.segments;
   const int64_t to = least(taps.segment + taps.segments, end);
@@ -173,10 +175,13 @@ void multiply_tile(const Block& block, const Pixels& pixels, const Part& taps, i
   // What is written last is asked for first.
   for (int64_t i = 0; i < pixels.count && is_last; ++i)
     for (int64_t v = 0; v < width; v += 16) __builtin_prefetch(job.out + at + i * job.g.k + v, 1);
+  // What comes behind this part of the weight is the next one: each tile asks for its share.
+  const int64_t share = (to - from) * taps.length * width / block.tiles;
+  const Ahead ahead{b + (block.tiles + tile) * share, width / block.tiles};
   Bounds bounds;
   const bool is_bounded = is_last && bounds_of(job, column, at, bounds);
   multiply_of(pixels.count, width)({a, rows.row, taps.length, to - from, rows.segment}, b, sums, width,
-                                   !is_first, is_bounded ? &bounds : nullptr);
+                                   !is_first, is_bounded ? &bounds : nullptr, ahead);
   if (is_last && !is_bounded)
     finish_of(job)(job,
                    {sums, 0, width, 1, pixels.count, at, 0, job.g.k, column, least(job.g.k - column, width)});
@@ -185,14 +190,10 @@ void multiply_tile(const Block& block, const Pixels& pixels, const Part& taps, i
 // Unit: a block of columns, for all pixels of the block.
 void multiply_unit(const Block& block, int64_t unit) {
   const Parts parts(block.job.g);
-  const int64_t width = block_width(block.job.columns, unit);
   alignas(64) float sums[kConvPixels * kWide];
   for (int64_t p = 0; p < parts.count; ++p) {
     const Part taps = parts(p);
-    for (int64_t t = 0; t < block.tiles; ++t) {
-      const Pixels& pixels = block.table[t];
-      multiply_tile(block, pixels, taps, unit, sums + (pixels.first - block.first) * width);
-    }
+    for (int64_t tile = 0; tile < block.tiles; ++tile) multiply_tile(block, tile, taps, unit, sums);
   }
 }
 

@@ -40,10 +40,17 @@ inline void store_bounded(const Vec (&total)[kCount][kVectors], const Bounds& to
   }
 }
 
+// What will be read next, asked for line by line while the product runs: weights come from far away.
+struct Ahead {
+  const float* at;
+  int64_t step;  // elements, each time the product goes one k further
+};
+
 // total[i][column] = (add ? sums[i * step + column] : 0) + rows[i] . b[column], in the order of k; what comes
 // out goes to sums again, or, with bounds, finished to the output.
 template <int kCount, int kVectors>
-void multiply(const Rows& rows, const float* b, float* sums, int64_t step, bool add, const Bounds* bounds) {
+void multiply(const Rows& rows, const float* b, float* sums, int64_t step, bool add, const Bounds* bounds,
+              Ahead ahead) {
   Vec total[kCount][kVectors] = {};
   // One pointer for three rows: their addresses are the pointer plus 0, 1 or 2 times the row.
   constexpr int kPointers = (kCount + 2) / 3;
@@ -51,6 +58,8 @@ void multiply(const Rows& rows, const float* b, float* sums, int64_t step, bool 
     const float* at[kPointers];
     UPDP_UNROLL for (int p = 0; p < kPointers; ++p) at[p] = rows.a + s * rows.segment + 3 * p * rows.row;
     for (int64_t k = 0; k < rows.length; ++k) {
+      UPDP_UNROLL for (int v = 0; v < kVectors; ++v) __builtin_prefetch(ahead.at + 16 * v, 0, 2);
+      ahead.at += ahead.step;
       Vec column[kVectors];
       UPDP_UNROLL for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * kLanes);
       UPDP_UNROLL for (int i = 0; i < kCount; ++i) {
@@ -73,7 +82,7 @@ void multiply(const Rows& rows, const float* b, float* sums, int64_t step, bool 
 }
 
 using Multiply = void (*)(const Rows& rows, const float* b, float* sums, int64_t step, bool add,
-                          const Bounds* bounds);
+                          const Bounds* bounds, Ahead ahead);
 
 template <int kVectors, int... kCounts>
 struct Multiplies {

@@ -145,8 +145,9 @@ void multiply_unit(const ConvJob& job, const Block<kM>& b, int64_t unit) {
   for (int64_t i = 0; i < parts; ++i) {
     const int64_t begin = part(b.tiles, parts, i), count = part(b.tiles, parts, i + 1) - begin;
     const Rows rows{from + begin * b.row, b.row, c, 1, 0};
+    const Ahead ahead{weight + c * width * (parts + i) / parts, width / parts};
     multiply_of(count, width)(rows, weight, to + begin * job.columns.padded, job.columns.padded, false,
-                              nullptr);
+                              nullptr, ahead);
   }
 }
 
