@@ -6,36 +6,23 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "conv.h"
+#include "floats.h"
 #include "registry.h"
+#include "sequence.h"
 
 namespace py = pybind11;
 
 namespace updp {
 namespace {
 
-using Four = std::array<int64_t, 4>;
+const float* pointer(uintptr_t address) { return reinterpret_cast<const float*>(address); }
 
-// An array of floats as it comes in: where it begins, and how many elements it has to have.
-struct Floats {
-  const char* name;
-  uintptr_t address;
-  int64_t elements;
-
-  void check() const {
-    if (address == 0 && elements > 0)
-      throw std::invalid_argument(std::string("conv: ") + name + " is a null pointer");
-    if (address % alignof(float) != 0)
-      throw std::invalid_argument(std::string("conv: ") + name + " is at " + std::to_string(address) +
-                                  ", allowed: multiples of 4");
-    if (address + static_cast<uintptr_t>(elements) * sizeof(float) < address)
-      throw std::invalid_argument(std::string("conv: ") + name + " reaches beyond the end of memory");
-  }
-  bool overlaps(const Floats& other) const {
-    return address < other.address + other.elements * sizeof(float) &&
-           other.address < address + elements * sizeof(float);
-  }
+// Of what a convolution is given beside its input; 0 for what is left out.
+struct Addresses {
+  uintptr_t packed, bias, scale, shift, residual;
 };
 
 // A convolution of given sizes, checked once; runs on any arrays of these sizes.
@@ -60,36 +47,60 @@ class ConvPlan {
 
   // Addresses; 0 for what is left out.
   void run(uintptr_t x, uintptr_t packed, uintptr_t out, uintptr_t bias, uintptr_t scale, uintptr_t shift,
-           uintptr_t residual, bool residual_shared, int activation, bool residual_first, int threads) {
-    const int64_t image = g_.oh * g_.ow * g_.k, outputs = g_.n * image;
-    const int64_t period = residual_shared ? image : outputs;
-    const auto channels = [&](uintptr_t address) { return address == 0 ? 0 : g_.k; };
-    const Floats result{"out", out, outputs};
-    result.check();
-    for (const Floats& array :
-         {Floats{"the input", x, g_.n * g_.h * g_.w * g_.c}, Floats{"the packed weight", packed, packed_},
-          Floats{"bias", bias, channels(bias)}, Floats{"scale", scale, channels(scale)},
-          Floats{"shift", shift, channels(shift)},
-          Floats{"residual", residual, residual == 0 ? 0 : period}}) {
-      array.check();
-      if (array.overlaps(result))
-        throw std::invalid_argument(std::string("conv: out overlaps ") + array.name);
-    }
-    if ((scale == 0) != (shift == 0)) throw std::invalid_argument("conv: scale and shift come together");
-    if (activation < 0 || activation >= kActivations)
-      throw std::invalid_argument("conv: there is no activation " + std::to_string(activation));
+           uintptr_t residual, bool residual_shared, int activation, bool residual_first, int threads) const {
+    const Floats result = output(out);
+    check_input(x, result);
+    const ConvEpilogue own =
+        epilogue({packed, bias, scale, shift, residual}, residual_shared, activation, residual_first, result);
     if (threads < 1) throw std::invalid_argument("conv: threads must be at least 1");
-    ConvJob job{g_, columns_, blocking_, {}, pointer(x), pointer(packed), reinterpret_cast<float*>(out)};
-    job.epilogue = {pointer(bias),     pointer(scale), pointer(shift),
-                    pointer(residual), period,         static_cast<Activation>(activation),
-                    residual_first};
+    ConvJob job{g_, columns_, blocking_, own, pointer(x), pointer(packed), reinterpret_cast<float*>(out)};
     if (threads != threads_) job.blocking = conv_blocking(kernel_.algorithm, g_, columns_, threads);
     const py::gil_scoped_release released;
-    conv(reinterpret_cast<ConvKernel>(kernel_.function), job);
+    conv(function(), job);
   }
 
+  // The output, checked.
+  Floats output(uintptr_t out) const {
+    const Floats result{"out", out, g_.n * image()};
+    result.check();
+    return result;
+  }
+  void check_input(uintptr_t x, const Floats& out) const {
+    check({"the input", x, g_.n * g_.h * g_.w * g_.c}, out);
+  }
+
+  // What follows the convolution, checked.
+  ConvEpilogue epilogue(const Addresses& own, bool residual_shared, int activation, bool residual_first,
+                        const Floats& out) const {
+    const int64_t period = residual_shared ? image() : g_.n * image();
+    const auto channels = [&](uintptr_t address) { return address == 0 ? 0 : g_.k; };
+    check({"the packed weight", own.packed, packed_}, out);
+    check({"bias", own.bias, channels(own.bias)}, out);
+    check({"scale", own.scale, channels(own.scale)}, out);
+    check({"shift", own.shift, channels(own.shift)}, out);
+    check({"residual", own.residual, own.residual == 0 ? 0 : period}, out);
+    if ((own.scale == 0) != (own.shift == 0))
+      throw std::invalid_argument("conv: scale and shift come together");
+    if (activation < 0 || activation >= kActivations)
+      throw std::invalid_argument("conv: there is no activation " + std::to_string(activation));
+    return {pointer(own.bias),
+            pointer(own.scale),
+            pointer(own.shift),
+            pointer(own.residual),
+            period,
+            static_cast<Activation>(activation),
+            residual_first};
+  }
+
+  SequenceStep step() const { return {function(), kernel_.algorithm, g_, columns_}; }
+
  private:
-  static const float* pointer(uintptr_t address) { return reinterpret_cast<const float*>(address); }
+  int64_t image() const { return g_.oh * g_.ow * g_.k; }
+  ConvKernel function() const { return reinterpret_cast<ConvKernel>(kernel_.function); }
+  static void check(const Floats& array, const Floats& out) {
+    array.check();
+    if (array.overlaps(out)) throw std::invalid_argument(std::string("conv: out overlaps ") + array.name);
+  }
 
   const Kernel& kernel_;
   ConvGeometry g_;
@@ -97,6 +108,56 @@ class ConvPlan {
   ConvBlocking blocking_;  // for threads_
   int64_t packed_;
   static constexpr int threads_ = 1;
+};
+
+// Convolutions one behind the other, in one call. Residuals are one image, the same for all.
+class ConvSequence {
+ public:
+  // Of each its plan, the number of its activation, and whether its residual is added before that.
+  using Step = std::tuple<const ConvPlan*, int, bool>;
+
+  ConvSequence(const std::vector<Step>& steps, int threads) : sequence_(of(steps), threads) {
+    for (const auto& [plan, activation, residual_first] : steps)
+      steps_.push_back({*plan, activation, residual_first});
+  }
+
+  Four out_shape() const { return steps_.back().plan.out_shape(); }
+
+  // Addresses of each convolution's packed weight, bias, scale, shift and residual.
+  void run(uintptr_t x, uintptr_t out, const std::vector<std::array<uintptr_t, 5>>& given) const {
+    if (given.size() != steps_.size())
+      throw std::invalid_argument("sequence: operands for " + std::to_string(given.size()) +
+                                  " convolutions, there are " + std::to_string(steps_.size()));
+    const Floats result = steps_.back().plan.output(out);
+    steps_.front().plan.check_input(x, result);
+    std::vector<SequenceOperands> operands;
+    for (size_t i = 0; i < steps_.size(); ++i) {
+      const auto [packed, bias, scale, shift, residual] = given[i];
+      const auto& [plan, activation, residual_first] = steps_[i];
+      operands.push_back({pointer(packed), plan.epilogue({packed, bias, scale, shift, residual}, true,
+                                                         activation, residual_first, result)});
+    }
+    const py::gil_scoped_release released;
+    sequence_.run(pointer(x), operands, reinterpret_cast<float*>(out));
+  }
+
+ private:
+  static std::vector<SequenceStep> of(const std::vector<Step>& steps) {
+    std::vector<SequenceStep> result;
+    for (const Step& step : steps) {
+      if (std::get<0>(step) == nullptr) throw std::invalid_argument("sequence: a convolution is missing");
+      result.push_back(std::get<0>(step)->step());
+    }
+    return result;
+  }
+
+  struct Planned {
+    ConvPlan plan;
+    int activation;
+    bool residual_first;
+  };
+  std::vector<Planned> steps_;
+  Sequence sequence_;
 };
 
 // A geometry that has a weight and nothing else.
@@ -146,6 +207,12 @@ void bind_conv(py::module_& module) {
            py::arg("scale"), py::arg("shift"), py::arg("residual"), py::arg("residual_shared"),
            py::arg("activation"), py::arg("residual_first"), py::arg("threads"),
            "Run on float32 arrays at these addresses, 0 for none.");
+  py::class_<ConvSequence>(module, "ConvSequence", "Convolutions one behind the other, strip by strip.")
+      .def(py::init<const std::vector<ConvSequence::Step>&, int>(), py::arg("steps"), py::arg("threads"))
+      .def_property_readonly("out_shape", &ConvSequence::out_shape)
+      .def("run", &ConvSequence::run, py::arg("x"), py::arg("out"), py::arg("operands"),
+           "Run on float32 arrays at these addresses: input, output, and (packed weight, bias, scale, shift, "
+           "residual) of each convolution, 0 for none.");
 }
 
 }  // namespace updp

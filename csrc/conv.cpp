@@ -1,12 +1,11 @@
 #include "conv.h"
 
 #include <algorithm>
-#include <cstddef>
 #include <limits>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
+
+#include "scratch.h"
 
 namespace updp {
 namespace {
@@ -39,34 +38,18 @@ int64_t out_size(int64_t size, int64_t padding, int64_t kernel, int64_t stride) 
   return (size + padding - kernel) / stride + 1;
 }
 
-// Memory of a thread that calls: kept from call to call, so that only the first and larger ones allocate.
-class Scratch {
- public:
-  float* of(int64_t elements) {
-    if (elements > size_) {
-      memory_.reset();
-      size_ = 0;
-      memory_.reset(static_cast<float*>(
-          ::operator new[](static_cast<size_t>(elements) * sizeof(float), std::align_val_t{kAlignment})));
-      size_ = elements;
-    }
-    return memory_.get();
-  }
-
- private:
-  static constexpr size_t kAlignment = 64;
-  struct Delete {
-    void operator()(float* pointer) const { ::operator delete[](pointer, std::align_val_t{kAlignment}); }
-  };
-  std::unique_ptr<float[], Delete> memory_;
-  int64_t size_ = 0;
-};
-
 // The work of one thread in a block that several share.
 void do_units(ConvKernel kernel, const ConvJob& job, int64_t block, int step, int64_t worker, int64_t workers,
               float* scratch) {
   const int64_t units = job.blocking.units[step];
   kernel(job, block, step, units * worker / workers, units * (worker + 1) / workers, scratch);
+}
+
+// Some blocks, one after the other, on this thread.
+void do_blocks(ConvKernel kernel, const ConvJob& job, int64_t begin, int64_t end, float* scratch) {
+  std::fill_n(scratch, job.blocking.zeros, 0.0f);
+  for (int64_t block = begin; block < end; ++block)
+    for (int step = 0; step < job.blocking.steps; ++step) do_units(kernel, job, block, step, 0, 1, scratch);
 }
 
 int64_t products_of(const ConvGeometry& g) { return g.n * g.oh * g.ow * g.k * g.c * g.kh * g.kw; }
@@ -143,6 +126,12 @@ ConvBlocking conv_blocking(std::string_view algorithm, const ConvGeometry& g, co
   return b;
 }
 
+int64_t conv_scratch(const ConvBlocking& blocking) { return ceiling(blocking.scratch, 64) * 64; }
+
+void conv_alone(ConvKernel kernel, const ConvJob& job, float* scratch) {
+  do_blocks(kernel, job, 0, job.blocking.blocks, scratch);
+}
+
 void conv(ConvKernel kernel, const ConvJob& job) {
   const ConvBlocking& b = job.blocking;
   if (b.items == 0) return;
@@ -150,23 +139,17 @@ void conv(ConvKernel kernel, const ConvJob& job) {
   const bool shared = b.blocks < b.workers;
   const int workers = b.workers;
   // Each thread's scratch begins on its own cache lines.
-  const int64_t size = ceiling(b.scratch, 64) * 64;
+  const int64_t size = conv_scratch(b);
   float* const memory = scratch.of(shared ? size : size * workers);
-  for (int worker = 0; worker < (shared ? 1 : workers); ++worker)
-    std::fill_n(memory + worker * size, b.zeros, 0.0f);
-  if (workers == 1) {
-    for (int64_t block = 0; block < b.blocks; ++block)
-      for (int step = 0; step < b.steps; ++step) do_units(kernel, job, block, step, 0, 1, memory);
-    return;
-  }
+  if (workers == 1) return do_blocks(kernel, job, 0, b.blocks, memory);
   if (!shared) {
 #pragma omp parallel for num_threads(workers) schedule(static, 1)
     for (int worker = 0; worker < workers; ++worker)
-      for (int64_t block = b.blocks * worker / workers; block < b.blocks * (worker + 1) / workers; ++block)
-        for (int step = 0; step < b.steps; ++step)
-          do_units(kernel, job, block, step, 0, 1, memory + worker * size);
+      do_blocks(kernel, job, b.blocks * worker / workers, b.blocks * (worker + 1) / workers,
+                memory + worker * size);
     return;
   }
+  std::fill_n(memory, b.zeros, 0.0f);
   for (int64_t block = 0; block < b.blocks; ++block) {
     for (int step = 0; step < b.steps; ++step) {
 #pragma omp parallel for num_threads(workers) schedule(static, 1)

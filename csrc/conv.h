@@ -101,6 +101,12 @@ void conv_pack(std::string_view algorithm, int64_t lanes, const ConvGeometry& g,
 ConvBlocking conv_blocking(std::string_view algorithm, const ConvGeometry& g, const ConvColumns& columns,
                            int threads);
 
+// Elements of scratch that a thread needs, aligned to 64 bytes.
+int64_t conv_scratch(const ConvBlocking& blocking);
+
+// Runs a kernel over all blocks on this thread alone.
+void conv_alone(ConvKernel kernel, const ConvJob& job, float* scratch);
+
 // Runs a kernel over all blocks. The result does not depend on the number of threads.
 void conv(ConvKernel kernel, const ConvJob& job);
 

@@ -290,6 +290,54 @@ def test_other_precisions_are_torchs():
     assert {each.form for each in deployed.plan.choices} == {"torch"}
 
 
+# --- runs of convolutions, strip by strip ---
+
+
+class Early(nn.Module):
+    """Large maps, as the first layers of a network have them, with a branch and a constant that is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.run = nn.Sequential(conv(3, 16), nn.ReLU6(), conv(16, 16, 1), nn.BatchNorm2d(16), conv(16, 8, stride=2))
+        self.map = nn.Parameter(torch.randn(1, 8, 32, 33))
+        self.left, self.right = conv(8, 4), conv(8, 4, 1)
+        self.last = conv(4, 300, 1)
+
+    def forward(self, x):
+        x = (self.run(x) + self.map).relu()
+        return self.last(self.left(x) + self.right(x))
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native convolution runs here")
+def test_runs_with_large_maps_between_may_go_strip_by_strip():
+    model, x = randomize(Early(), 0).eval(), images(2, 3, 64, 66)
+    deployed = same(model, x, 1e-5)
+    run = next(each for each in deployed.plan.choices if each.name == "run.0 to run.4")
+    assert set(run.times) == {"apart", "strips"}
+    assert run.input == (2, 3, 64, 66)
+    # A map that has two readers ends a run; one that is small begins none.
+    assert [each.name for each in deployed.plan.choices if " to " in each.name] == [run.name]
+    for form, calls in (("apart", 0), ("strips", 1)):
+        choices = tuple(dataclasses.replace(each, form=form) if each is run else each for each in deployed.plan.choices)
+        followed = same(model, x, 1e-5, plan=Plan(deployed.plan.environment, choices))
+        assert [each.form for each in followed.plan.choices if each.name == run.name] == [form]
+        with torch.profiler.profile() as profile, torch.no_grad():
+            followed(x)
+        assert sum(event.name == "updp::conv_sequence" for event in profile.events()) == calls
+        with torch.no_grad():
+            expected = followed(x)
+            assert torch.equal(copy.deepcopy(followed)(x), expected)
+            assert torch.equal(torch.export.export(followed, (x,)).module()(x), expected)
+            assert relative(followed(x[:1]), model(x[:1])) <= 1e-5
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native convolution runs here")
+def test_runs_do_not_grow_over_large_weights_or_small_maps():
+    layers = nn.Sequential(conv(3, 64), conv(64, 64), conv(64, 8, 1), conv(8, 8))
+    deployed = same(randomize(layers, 0).eval(), images(1, 3, 40, 40), 1e-5)
+    assert not [each.name for each in deployed.plan.choices if " to " in each.name]
+
+
 # --- plans, and what was measured ---
 
 

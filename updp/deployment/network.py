@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -15,9 +15,10 @@ from updp.certificate import relative
 from updp.deployment.affines import fold_forward, name_affines, operators_of, settle_affines
 from updp.deployment.capture import args_of, capture, join_permutations, own_tensors
 from updp.deployment.chains import Chain, find_chains, put
-from updp.deployment.forms import Operands, Problem, build, forms_for
-from updp.deployment.plan import Cache, Choice, Plan, here, planned
-from updp.deployment.tune import Fused, tune
+from updp.deployment.forms import Operands, Problem
+from updp.deployment.plan import Cache, Choice, Plan, here
+from updp.deployment.sequences import put_runs
+from updp.deployment.tune import Fused, Slot, tune
 from updp.errors import CertificateError, InputError
 from updp.exporting import TOLERANCE
 
@@ -93,7 +94,10 @@ def deploy(
     with torch.inference_mode():
         _observe(network, fused, example)
     with torch.no_grad():  # what is packed now must not belong to inference mode alone
-        network.plan = Plan(found, _settle(network, fused, example, options, kept))
+        choices = _settle(network, fused, example, options, kept)
+        known = (*(options.plan.choices if options.plan else ()), *(each for each in choices if each.times))
+        runs = put_runs(graph, fused, {each.name: each.times for each in known})
+        network.plan = Plan(found, choices + _settle(network, runs, example, options, kept))
         _check(model, network, example)
     if kept is not None:
         kept.save()
@@ -124,8 +128,8 @@ def _fuse(graph: fx.GraphModule, dtype: torch.dtype) -> list[Fused]:
     for chain in chains:
         name = _name(chain, [module.name for module in fused])
         module = Fused(name, Problem.of(chain), Operands.of(chain, dtype))
-        graph.add_submodule(_place(name), module)
-        put(graph, chain, _place(name), moved)
+        graph.add_submodule(module.place, module)
+        put(graph, chain, module.place, moved)
         fused.append(module)
     settle_affines(graph, dtype)
     join_permutations(graph)
@@ -156,11 +160,6 @@ def _name(chain: Chain, taken: Collection[str]) -> str:
     return next(name for i in count(1) if (name := plain if i == 1 else f"{plain}.{i}") not in taken)
 
 
-def _place(name: str) -> str:
-    """Where a chain's module is: beside the network's own, whose names may be alike."""
-    return f"fused.{name.replace('.', '_')}"
-
-
 def _owner(graph: fx.GraphModule, name: str) -> tuple[nn.Module, str]:
     """The module that has a tensor, and its name there."""
     owner, _, own = name.rpartition(".")
@@ -181,25 +180,25 @@ def _observe(network: Deployed, fused: list[Fused], example: Tensor) -> None:
 
 
 def _settle(
-    network: Deployed, fused: list[Fused], example: Tensor, options: _Options, cache: Cache | None
+    network: Deployed, slots: Sequence[Slot], example: Tensor, options: _Options, cache: Cache | None
 ) -> tuple[Choice, ...]:
-    """Take the plan's form, or the fastest, for each chain."""
+    """Take the plan's form, or the fastest, for each slot."""
     times: dict[str, dict[str, float]] = {}
-    forms = {each.name: options.forms_of(each, example) for each in fused}
-    for each in fused:
+    forms = {each.name: options.forms_of(each, example) for each in slots}
+    for each in slots:
         if cache is not None and len(forms[each.name]) > 1:
             times[each.name] = cache.get(each.problem, each.input, forms[each.name]) or {}
-    on_trial = [(each, forms[each.name]) for each in fused if len(forms[each.name]) > 1 and not times.get(each.name)]
+    on_trial = [(each, forms[each.name]) for each in slots if len(forms[each.name]) > 1 and not times.get(each.name)]
     for (each, _), found in zip(on_trial, tune(on_trial, lambda: network(example), options.progress), strict=True):
         times[each.name] = found
         if cache is not None:
             cache.put(each.problem, each.input, found)
     choices = []
-    for each in fused:
+    for each in slots:
         own = times.get(each.name, {})
         form = min(forms[each.name], key=lambda form, own=own: own.get(form, 0.0))  # type: ignore[misc]
         choices.append(Choice(each.name, str(each.problem), each.input, form, own))
-        network.graph_module.set_submodule(_place(each.name), build(form, each.problem, each.operands))
+        network.graph_module.set_submodule(each.place, each.build(form))
     return tuple(choices)
 
 
@@ -211,12 +210,12 @@ class _Options:
     wanted: Callable[[str], bool]
     progress: Callable[[int], None] | None
 
-    def forms_of(self, fused: Fused, example: Tensor) -> list[str]:
+    def forms_of(self, slot: Slot, example: Tensor) -> list[str]:
         """The forms to choose from; the plan's alone, where it can run here."""
-        possible = forms_for(fused.problem, fused.input, example.dtype, example.device)
-        if self.plan is not None and (said := planned(self.plan, fused.name, fused.problem).form) in possible:
+        possible = slot.forms(example.dtype, example.device)
+        if self.plan is not None and (said := slot.planned(self.plan)) in possible:
             return [said]
-        return [form for form in possible if form == "torch" or self.wanted(form)]
+        return [form for form in possible if form == possible[0] or self.wanted(form)]
 
 
 def _check(model: nn.Module, network: Deployed, example: Tensor) -> None:

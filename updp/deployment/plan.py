@@ -104,12 +104,12 @@ class Cache:
         self._entries: dict[str, dict[str, float]] = self._read()
         self._new: dict[str, dict[str, float]] = {}
 
-    def get(self, problem: Problem, shape: Sequence[int], forms: Sequence[str]) -> dict[str, float] | None:
+    def get(self, problem: Problem | str, shape: Sequence[int], forms: Sequence[str]) -> dict[str, float] | None:
         """Times of exactly these forms, if they were measured."""
         times = self._entries.get(_key(problem, shape))
         return times if times is not None and set(times) == set(forms) else None
 
-    def put(self, problem: Problem, shape: Sequence[int], times: Mapping[str, float]) -> None:
+    def put(self, problem: Problem | str, shape: Sequence[int], times: Mapping[str, float]) -> None:
         self._entries[_key(problem, shape)] = self._new[_key(problem, shape)] = dict(times)
 
     def save(self) -> None:
@@ -143,7 +143,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "updp"
 
 
-def planned(plan: Plan, name: str, problem: Problem) -> Choice:
+def planned(plan: Plan, name: str, problem: Problem | str) -> Choice:
     """What a plan says of a chain.
 
     Raises:
@@ -156,7 +156,7 @@ def planned(plan: Plan, name: str, problem: Problem) -> Choice:
     return found
 
 
-def _key(problem: Problem, shape: Sequence[int]) -> str:
+def _key(problem: Problem | str, shape: Sequence[int]) -> str:
     return f"{problem} on {'x'.join(map(str, shape))}"
 
 

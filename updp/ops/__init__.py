@@ -19,3 +19,4 @@ from updp.ops.rows import KernelRow as KernelRow
 from updp.ops.rows import cpu_features as cpu_features
 from updp.ops.rows import kernel_rows as kernel_rows
 from updp.ops.rows import native_status as native_status
+from updp.ops.sequence import conv_sequence as conv_sequence

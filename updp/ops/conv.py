@@ -158,9 +158,10 @@ def _four(shape: Sequence[int]) -> tuple[int, int, int, int]:
     return k, c, kh, kw
 
 
-class _Plan(NamedTuple):
+class ConvPlan(NamedTuple):
     """All that depends on the form and the input's shape alone."""
 
+    compiled: Any
     run: Any  # of the compiled plan
     shape: tuple[int, ...]  # of the output
     strides: tuple[int, ...]
@@ -171,7 +172,7 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(text: str, shape: tuple[int, ...]) -> _Plan | None:
+def plan_of(text: str, shape: tuple[int, ...]) -> ConvPlan | None:
     """The plan for an input of this shape, whose sizes the compiled module checks; None for the reference."""
     form = ConvForm.parse(text)
     if form.variant == table.REFERENCE:
@@ -191,11 +192,11 @@ def _plan(text: str, shape: tuple[int, ...]) -> _Plan | None:
     else:
         shape, strides = (n, k, height, width), (height * width * k, 1, width * k, k)
     number = ACTIVATIONS.index(form.activation)
-    return _Plan(compiled.run, shape, strides, k, compiled.packed_size, number, form.residual_first)
+    return ConvPlan(compiled, compiled.run, shape, strides, k, compiled.packed_size, number, form.residual_first)
 
 
 def _run(
-    plan: _Plan,
+    plan: ConvPlan,
     x: Tensor,
     packed: Tensor,
     bias: Tensor | None,
@@ -204,8 +205,8 @@ def _run(
     residual: Tensor | None,
 ) -> Tensor:
     """Check what the compiled plan cannot see in addresses, and run it; written for small overhead."""
-    if torch.is_grad_enabled():
-        _refuse_gradients(x, packed, bias, scale, shift, residual)
+    if torch.is_grad_enabled():  # asked here too: a call less
+        refuse_gradients(x, packed, bias, scale, shift, residual)
     if x.dtype is not torch.float32 or (residual is not None and residual.dtype is not torch.float32):
         raise TypeError(f"conv: the input is {x.dtype}, the residual {getattr(residual, 'dtype', None)}, need float32")
     shared = False
@@ -232,8 +233,9 @@ def _run(
     return out
 
 
-def _refuse_gradients(*tensors: Tensor | None) -> None:
-    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+def refuse_gradients(*tensors: Tensor | None) -> None:
+    """Raise for a tensor that asks for a gradient, where gradients are on."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise TypeError("conv: a tensor asks for a gradient, and this operator has none: use torch.no_grad()")
 
 
@@ -254,7 +256,7 @@ def _conv2d_cpu(
     shift: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    plan = _plan(form, x.shape)
+    plan = plan_of(form, x.shape)
     if plan is None:
         return _anywhere(x, packed, form, bias, scale, shift, residual)
     if residual is not None:
@@ -271,7 +273,7 @@ def _linear_cpu(
     shift: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    plan = _plan(form, x.shape)
+    plan = plan_of(form, x.shape)
     if plan is None:
         return _anywhere(x, packed, form, bias, scale, shift, residual)
     residual = None if residual is None else residual.contiguous()
@@ -291,7 +293,7 @@ def _anywhere(
     form = ConvForm.parse(text)
     if form.variant != table.REFERENCE:
         raise TypeError(f"conv: {form.variant} runs on the CPU, got a tensor on {x.device}")
-    _refuse_gradients(x, packed, bias, scale, shift, residual)
+    refuse_gradients(x, packed, bias, scale, shift, residual)
     out = conv_reference(x, packed.view(form.weight), form, bias, scale, shift, residual)
     return out.contiguous() if form.is_linear else out.contiguous(memory_format=torch.channels_last)
 
