@@ -94,10 +94,7 @@ def deploy(
     with torch.inference_mode():
         _observe(network, fused, example)
     with torch.no_grad():  # what is packed now must not belong to inference mode alone
-        choices = _settle(network, fused, example, options, kept)
-        known = (*(options.plan.choices if options.plan else ()), *(each for each in choices if each.times))
-        runs = put_runs(graph, fused, {each.name: each.times for each in known})
-        network.plan = Plan(found, choices + _settle(network, runs, example, options, kept))
+        network.plan = Plan(found, _choose(network, fused, example, options, kept))
         _check(model, network, example)
     if kept is not None:
         kept.save()
@@ -177,6 +174,16 @@ def _observe(network: Deployed, fused: list[Fused], example: Tensor) -> None:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _choose(
+    network: Deployed, fused: list[Fused], example: Tensor, options: _Options, cache: Cache | None
+) -> tuple[Choice, ...]:
+    """Chain by chain, then whether runs of them go strip by strip."""
+    choices = _settle(network, fused, example, options, cache)
+    known = (*(options.plan.choices if options.plan else ()), *(each for each in choices if each.times))
+    runs = put_runs(network.graph_module, fused, {each.name: each.times for each in known})
+    return choices + _settle(network, runs, example, options, cache)
 
 
 def _settle(
