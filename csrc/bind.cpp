@@ -100,4 +100,5 @@ PYBIND11_MODULE(_C, module) {
              py::arg("threads"),
              "Run one dwcompose row. Arrays are (address, shape, strides) of dense (C, h, w) weights.");
   updp::bind_conv(module);
+  updp::bind_program(module);
 }

@@ -1,4 +1,4 @@
-// The part of the module updp._C that belongs to operator conv.
+// The part of the module updp._C that belongs to operators conv and conv_program.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -6,5 +6,6 @@
 namespace updp {
 
 void bind_conv(pybind11::module_& module);
+void bind_program(pybind11::module_& module);
 
 }  // namespace updp

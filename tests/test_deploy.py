@@ -16,6 +16,7 @@ from updp.certificate import relative
 from updp.deployment import Plan, deploy, network
 from updp.deployment.forms import Operands, Problem, build, forms_for
 from updp.deployment.plan import Cache, cache_folder, here
+from updp.deployment.programs import Lines
 from updp.errors import CertificateError, InputError
 from updp.randomize import randomize
 
@@ -317,18 +318,70 @@ def test_runs_with_large_maps_between_may_go_strip_by_strip():
     assert run.input == (2, 3, 64, 66)
     # A map that has two readers ends a run; one that is small begins none.
     assert [each.name for each in deployed.plan.choices if " to " in each.name] == [run.name]
-    for form, calls in (("apart", 0), ("strips", 1)):
+    for form in ("apart", "strips"):
         choices = tuple(dataclasses.replace(each, form=form) if each is run else each for each in deployed.plan.choices)
         followed = same(model, x, 1e-5, plan=Plan(deployed.plan.environment, choices))
         assert [each.form for each in followed.plan.choices if each.name == run.name] == [form]
-        with torch.profiler.profile() as profile, torch.no_grad():
-            followed(x)
-        assert sum(event.name == "updp::conv_sequence" for event in profile.events()) == calls
+        strips = [line for line in lines(followed) if len(line.forms) > 1]
+        assert [len(line.forms) for line in strips] == ([3] if form == "strips" else [])
         with torch.no_grad():
             expected = followed(x)
             assert torch.equal(copy.deepcopy(followed)(x), expected)
             assert torch.equal(torch.export.export(followed, (x,)).module()(x), expected)
             assert relative(followed(x[:1]), model(x[:1])) <= 1e-5
+
+
+def lines(deployed):
+    """Of the programs that it calls."""
+    return [line for module in deployed.modules() if isinstance(module, Lines) for line in module.lines]
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native convolution runs here")
+def test_consecutive_native_convolutions_are_one_call():
+    """A residual network: its shortcuts read maps from within the program."""
+    layers = nn.Sequential(conv(3, 4), Residual(True), nn.MaxPool2d(2), conv(4, 4), Residual(False), conv(4, 5))
+    model, x = randomize(layers, 0).eval(), images(2, 3, 12, 12)
+    deployed = with_forms(model, x, "conv_")
+    apart = {each.name for each in deployed.plan.choices}
+    programs = [module for module in deployed.modules() if isinstance(module, Lines)]
+    assert len(programs) == 2
+    assert sum(len(program.parts) for program in programs) == len(apart)
+    assert any(line.added is not None for line in lines(deployed))
+    assert left(deployed, "conv") == 0
+    with torch.no_grad():
+        assert relative(deployed(x), model(x)) <= 1e-5
+        assert relative(deployed(x[:1]), model(x[:1])) <= 1e-5
+        assert torch.equal(copy.deepcopy(deployed)(x), deployed(x))
+
+
+class Forked(nn.Module):
+    """A map that is read from without in the middle, and one that two read."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = conv(3, 8), conv(8, 8), conv(8, 8)
+
+    def forward(self, x):
+        middle = self.second(self.first(x))
+        return self.third(middle), middle.softmax(1)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native convolution runs here")
+def test_a_map_that_others_read_ends_a_program():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.forked = Forked()
+
+        def forward(self, x):
+            left, right = self.forked(x)
+            return left + right
+
+    model, x = randomize(Both(), 0).eval(), images(2, 3, 12, 12)
+    deployed = with_forms(model, x, "conv_")
+    assert [len(module.parts) for module in deployed.modules() if isinstance(module, Lines)] == [2]
+    with torch.no_grad():
+        assert relative(deployed(x), model(x)) <= 1e-5
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native convolution runs here")

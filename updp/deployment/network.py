@@ -17,6 +17,7 @@ from updp.deployment.capture import args_of, capture, join_permutations, own_ten
 from updp.deployment.chains import Chain, find_chains, put
 from updp.deployment.forms import Operands, Problem
 from updp.deployment.plan import Cache, Choice, Plan, here
+from updp.deployment.programs import join_calls
 from updp.deployment.sequences import put_runs
 from updp.deployment.tune import Fused, Slot, tune
 from updp.errors import CertificateError, InputError
@@ -179,11 +180,13 @@ def _observe(network: Deployed, fused: list[Fused], example: Tensor) -> None:
 def _choose(
     network: Deployed, fused: list[Fused], example: Tensor, options: _Options, cache: Cache | None
 ) -> tuple[Choice, ...]:
-    """Chain by chain, then whether runs of them go strip by strip."""
+    """The form of each chain, then whether runs of them go strip by strip; then as few calls as can be."""
     choices = _settle(network, fused, example, options, cache)
     known = (*(options.plan.choices if options.plan else ()), *(each for each in choices if each.times))
     runs = put_runs(network.graph_module, fused, {each.name: each.times for each in known})
-    return choices + _settle(network, runs, example, options, cache)
+    choices += _settle(network, runs, example, options, cache)
+    join_calls(network.graph_module)
+    return choices
 
 
 def _settle(

@@ -17,7 +17,9 @@ from updp import ops
 from updp.deployment.capture import args_of, tensor_of
 from updp.deployment.forms import NativeForm
 from updp.deployment.plan import Plan
+from updp.deployment.programs import Lines
 from updp.deployment.tune import Fused, Slot
+from updp.ops import Line
 
 APART, STRIPS = "apart", "strips"
 _LARGE = 256 << 10  # bytes of an image's map: a quarter of a usual second cache
@@ -30,7 +32,8 @@ class Apart(nn.Module):
     def __init__(self, parts: Sequence[nn.Module], residuals: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
-        _hold(self, residuals)
+        for place, residual in enumerate(residuals):
+            self.register_buffer(f"residual_{place}", residual)
 
     def forward(self, x: Tensor, residual: None = None) -> Tensor:
         for place, part in enumerate(self.parts):
@@ -38,26 +41,11 @@ class Apart(nn.Module):
         return x
 
 
-class Strips(nn.Module):
-    """The convolutions in one call of `updp.ops.conv_sequence`."""
+class Strips(Lines):
+    """The convolutions as one line of a program."""
 
     def __init__(self, parts: Sequence[NativeForm], residuals: Sequence[Tensor | None]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-        _hold(self, residuals)
-        self._texts = [part.text for part in parts]
-
-    def forward(self, x: Tensor, residual: None = None) -> Tensor:
-        operands: list[Tensor | None] = []
-        for place, part in enumerate(self.parts):
-            operands += [part.packed, part.bias, part.scale, part.shift, getattr(self, f"residual_{place}")]  # type: ignore[list-item]
-        return ops.conv_sequence(x, self._texts, operands)
-
-
-def _hold(module: nn.Module, residuals: Sequence[Tensor | None]) -> None:
-    """Constants that are added: buffers called by their place."""
-    for place, residual in enumerate(residuals):
-        module.register_buffer(f"residual_{place}", residual)
+        super().__init__([Line(tuple(part.text for part in parts))], parts, residuals)
 
 
 class Run(Slot):

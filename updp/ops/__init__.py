@@ -14,9 +14,10 @@ from updp.ops.depthwise import depthwise_compose as depthwise_compose
 from updp.ops.depthwise import depthwise_compose_reference as depthwise_compose_reference
 from updp.ops.form import ACTIVATIONS as ACTIVATIONS
 from updp.ops.form import ConvForm as ConvForm
+from updp.ops.program import Line as Line
+from updp.ops.program import conv_program as conv_program
 from updp.ops.rows import REFERENCE as REFERENCE
 from updp.ops.rows import KernelRow as KernelRow
 from updp.ops.rows import cpu_features as cpu_features
 from updp.ops.rows import kernel_rows as kernel_rows
 from updp.ops.rows import native_status as native_status
-from updp.ops.sequence import conv_sequence as conv_sequence

@@ -1,4 +1,4 @@
-"""conv_sequence: the same bits as convolutions one after the other, however strips and threads cut them; the doors."""
+"""conv_program: the same bits as convolutions one after the other, however strips and threads cut them; the doors."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from updp import ops
-from updp.ops import ConvForm
+from updp.ops import ConvForm, Line
 from updp.ops import rows as table
 
 ROWS = [row for row in ops.kernel_rows() if row.op == "conv" and row.available]
@@ -60,11 +60,14 @@ class Run:
             x = ops.conv2d(x, packed, form, *others)
         return x
 
+    def text(self):
+        return str(Line(tuple(self.forms)))
+
     def joined(self, threads=1):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            return ops.conv_sequence(self.x, self.forms, self.operands)
+            return ops.conv_program(self.x, self.text(), self.operands)
         finally:
             torch.set_num_threads(before)
 
@@ -137,7 +140,9 @@ def test_the_reference_works_without_a_build():
     weights, forms, operands = reference_run()
     x = torch.randn(2, 3, 9, 9)
     expected = torch.conv2d(torch.conv2d(x, weights[0], padding=1), weights[1])
-    torch.testing.assert_close(ops.conv_sequence(x, forms, operands), expected)
+    torch.testing.assert_close(ops.conv_program(x, str(Line(tuple(forms))), operands), expected)
+    lines = [Line(forms[:1]), Line(forms[1:], 1)]
+    torch.testing.assert_close(ops.conv_program(x, "\n".join(map(str, lines)), operands), expected)
 
 
 @needs_kernels
@@ -146,16 +151,15 @@ def test_compile_and_export():
 
     class Network(torch.nn.Module):
         def forward(self, x):
-            return ops.conv_sequence(x, run.forms, run.operands) + 1
+            return ops.conv_program(x, run.text(), run.operands) + 1
 
     expected = run.joined() + 1
     with torch.no_grad():
         assert torch.equal(torch.compile(Network(), backend="eager", fullgraph=True)(run.x), expected)
         program = torch.export.export(Network(), (run.x,))
         assert torch.equal(program.module()(run.x), expected)
-    fake = torch.ops.updp.conv_sequence.default
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(fake, (run.x, "; ".join(run.forms), run.operands), test_utils=checks)
+    torch.library.opcheck(torch.ops.updp.conv_program.default, (run.x, run.text(), run.operands), test_utils=checks)
 
 
 BAD = {
@@ -189,27 +193,110 @@ def test_bad_input_is_named(name):
         run.joined()
 
 
+class Graph:
+    """Lines that read and add maps of before: a residual network's, with one line of strips."""
+
+    def __init__(self, shape, seed=0):
+        run = Run(shape, [(16, 3, 2, "direct"), (24, 3, 1, "winograd4")], seed)
+        self.x, self.operands = run.x, run.operands
+        self.lines = [Line(tuple(run.forms))]
+        for source, added, first, k, kernel in (
+            (1, None, False, 24, 3), (2, 1, True, 24, 3), (3, None, False, 20, 1), (3, None, False, 20, 5),
+            (5, 4, False, 20, 3), (6, 4, True, 20, 1),
+        ):  # fmt: skip
+            c = 24 if source < 4 else 20
+            weight = run.randn(k, c, kernel, kernel) / math.sqrt(c * kernel * kernel)
+            row = run.pick(*[row for row in ROWS if row.algorithm == "direct" or kernel == 3])
+            form = ConvForm(row.name, tuple(weight.shape), (1, 1), (kernel // 2,) * 4, "relu", first)
+            self.lines.append(Line((str(form),), source, added))
+            self.operands += [ops.pack_conv(weight, row.name), run.randn(k), None, None, None]
+
+    def text(self):
+        return "\n".join(map(str, self.lines))
+
+    def apart(self):
+        maps, place = [self.x], 0
+        for line in self.lines:
+            x = maps[line.source]
+            for form in line.forms:
+                packed, bias, scale, shift, residual = self.operands[place : place + 5]
+                residual = residual if line.added is None else maps[line.added]
+                x, place = ops.conv2d(x, packed, form, bias, scale, shift, residual), place + 5
+            maps.append(x)
+        return x
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1, 3, 131, 140), (3, 3, 40, 33)], ids=str)
+def test_lines_read_and_add_maps_of_before(shape):
+    graph = Graph(shape)
+    expected = graph.apart()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(ops.conv_program(graph.x, graph.text(), graph.operands), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_lines_are_read_as_they_are_written():
+    for line in (Line(("a",)), Line(("a b", "c"), 3), Line(("a",), 1, 0)):
+        assert Line.parse(str(line)) == line
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "got line ''"),
+        ("0 -: {form}\n2 -: {form}", "line 2 reads map 2, there are 2 before it"),
+        ("0 2: {form}", "line 0 reads what is not there yet"),
+        ("0 0: {form}", "line 0 does not fit"),
+        ("0 0: {form}; {form}", "added to one convolution, not to strips"),
+        ("0 -: {linear}", "need convolutions of maps"),
+    ],
+)
+def test_bad_lines_are_named(text, message):
+    form = ConvForm("conv_direct_f32_portable", (3, 3, 2, 2))
+    text = text.format(form=form, linear=ConvForm("conv_direct_f32_portable", (3, 3)))
+    with pytest.raises(ValueError, match=message):
+        ops.conv_program(torch.zeros(1, 3, 8, 8), text, [])
+
+
 @needs_kernels
 def test_the_native_door_checks_before_it_touches_memory():
     plan = table.NATIVE.ConvPlan("conv_direct_f32_portable", (1, 8, 8, 3), (4, 3, 3, 3), (1, 1), (1, 1, 1, 1))
     other = table.NATIVE.ConvPlan("conv_direct_f32_portable", (1, 8, 8, 5), (4, 5, 3, 3), (1, 1), (1, 1, 1, 1))
     deep = table.NATIVE.ConvPlan("conv_direct_f32_portable", (1, 8, 8, 4), (4, 4, 1, 1), (1, 1), (1, 1, 1, 1))
-    for steps, message in (
-        ([], "no convolution"), ([(plan, 0, False), (other, 0, False)], "does not fit"),
-        ([(plan, 0, False), (deep, 0, False)], "a padding of 1 for a weight of 1 rows"),
+    one, wrong = (plan, 0, False), (other, 0, False)
+    for lines, message in (
+        ([], "no line"), ([([], 0, -1)], "a line has no convolution"), ([([one, wrong], 0, -1)], "does not fit"),
+        ([([one, (deep, 0, False)], 0, -1)], "a padding of 1 for a weight of 1 rows"),
+        ([([one], 0, -1), ([wrong], 0, -1)], "line 1 does not fit"), ([([one], -1, -1)], "not there yet"),
+        ([([(None, 0, False)], 0, -1)], "a convolution is missing"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            table.NATIVE.ConvSequence(steps, 1)
-    run = table.NATIVE.ConvSequence([(plan, 0, False)], 1).run
+            table.NATIVE.ConvProgram(lines, 1)
+    run = table.NATIVE.ConvProgram([([one], 0, -1)], 1).run
+    strips = table.NATIVE.ConvProgram([([one, (deep_enough(), 0, False)], 0, -1)], 1).run
     x, packed, out = torch.zeros(192), torch.zeros(plan.packed_size), torch.zeros(256)
+    own, second = [packed.data_ptr(), 0, 0, 0, 0], [torch.zeros(64).data_ptr(), 0, 0, 0, 0]
     for address, given, message in (
-        (0, [packed.data_ptr(), 0, 0, 0, 0], "the input is a null pointer"),
-        (x.data_ptr() + 2, [packed.data_ptr(), 0, 0, 0, 0], "multiples of 4"),
-        (out.data_ptr(), [packed.data_ptr(), 0, 0, 0, 0], "out overlaps the input"),
+        (0, own, "the input is a null pointer"),
+        (x.data_ptr() + 2, own, "multiples of 4"),
+        (out.data_ptr(), own, "out overlaps the input"),
         (x.data_ptr(), [0, 0, 0, 0, 0], "the packed weight is a null pointer"),
         (x.data_ptr(), [packed.data_ptr(), 0, out.data_ptr(), 0, 0], "out overlaps scale"),
     ):
         with pytest.raises(ValueError, match=message):
-            run(address, out.data_ptr(), [given])
-    with pytest.raises(ValueError, match="operands for 2 convolutions, there are 1"):
-        run(x.data_ptr(), out.data_ptr(), [[packed.data_ptr(), 0, 0, 0, 0]] * 2)
+            run(address, out.data_ptr(), [], [given])
+        with pytest.raises(ValueError, match=message):
+            strips(address, out.data_ptr(), [], [given, second])
+    for slots, given in (([], [own] * 2), ([x.data_ptr()], [own])):
+        with pytest.raises(ValueError, match="need 0 and 1"):
+            run(x.data_ptr(), out.data_ptr(), slots, given)
+
+
+def deep_enough():
+    return table.NATIVE.ConvPlan("conv_direct_f32_portable", (1, 8, 8, 4), (4, 4, 1, 1), (1, 1), (0, 0, 0, 0))
