@@ -14,26 +14,29 @@ namespace updp {
 namespace {
 
 // A geometry that has a weight and nothing else.
-ConvGeometry weight_geometry(const Four& weight) {
-  ConvGeometry g{1, weight[2], weight[3], weight[1], weight[0], weight[2], weight[3], 1, 1, 0, 0, 0, 0, 0, 0};
+ConvGeometry weight_geometry(const Kernel& kernel, const Four& weight) {
+  const int64_t groups = groups_of(kernel, weight);
+  ConvGeometry g{1, weight[2], weight[3], weight[1], weight[0], weight[2], weight[3], 1,
+                 1, 0,         0,         0,         0,         0,         0,         1};
+  g.c = weight[1] * (g.groups = groups);
   conv_geometry(g);
   return g;
 }
 
 int64_t packed_size(const std::string& variant, const Four& weight) {
   const Kernel& kernel = find_kernel("conv", variant);
-  return conv_packed_size(kernel.algorithm, kernel.lanes(), weight_geometry(weight));
+  return conv_packed_size(kernel.algorithm, kernel.lanes(), weight_geometry(kernel, weight));
 }
 
 void pack(const std::string& variant, const Four& shape, uintptr_t weight, uintptr_t packed,
           int64_t packed_elements) {
   const Kernel& kernel = find_kernel("conv", variant);
-  const ConvGeometry g = weight_geometry(shape);
+  const ConvGeometry g = weight_geometry(kernel, shape);
   const int64_t needed = conv_packed_size(kernel.algorithm, kernel.lanes(), g);
   if (packed_elements != needed)
     throw std::invalid_argument("conv: the packed weight has " + std::to_string(packed_elements) +
                                 " elements, needs " + std::to_string(needed));
-  const Floats from{"the weight", weight, g.k * g.c * g.kh * g.kw}, to{"the packed weight", packed, needed};
+  const Floats from{"the weight", weight, g.k * conv_depth(g)}, to{"the packed weight", packed, needed};
   from.check();
   to.check();
   if (from.overlaps(to)) throw std::invalid_argument("conv: the packed weight overlaps the weight");
@@ -46,7 +49,7 @@ void pack(const std::string& variant, const Four& shape, uintptr_t weight, uintp
 
 void bind_conv(py::module_& module) {
   module.def("conv_packed_size", &packed_size, py::arg("variant"), py::arg("weight_shape"),
-             "Elements of the packed form of a (k, c, kh, kw) weight.");
+             "Elements of the packed form of a (k, c / groups, kh, kw) weight.");
   module.def("conv_pack", &pack, py::arg("variant"), py::arg("weight_shape"), py::arg("weight"),
              py::arg("packed"), py::arg("packed_elements"),
              "Pack a contiguous float32 weight; both are addresses.");

@@ -52,7 +52,7 @@ void do_blocks(ConvKernel kernel, const ConvJob& job, int64_t begin, int64_t end
     for (int step = 0; step < job.blocking.steps; ++step) do_units(kernel, job, block, step, 0, 1, scratch);
 }
 
-int64_t products_of(const ConvGeometry& g) { return g.n * g.oh * g.ow * g.k * g.c * g.kh * g.kw; }
+int64_t products_of(const ConvGeometry& g) { return g.n * g.oh * g.ow * g.k * conv_depth(g); }
 
 ConvBlocking direct_blocking(const ConvGeometry& g, const ConvColumns& columns) {
   const int64_t depth = g.kh * g.kw * g.c;
@@ -72,6 +72,15 @@ ConvBlocking direct_blocking(const ConvGeometry& g, const ConvColumns& columns) 
   b.scratch = noted + (b.plain ? 0 : std::min(b.items, most) * b.line * depth);
   b.units[0] = std::min(b.items, most) * b.line;
   b.units[1] = columns.blocks;
+  return b;
+}
+
+// Threads take lines of the output; nothing but the input and the output is in memory.
+ConvBlocking depthwise_blocking(const ConvGeometry& g) {
+  ConvBlocking b{};
+  b.line = g.ow;
+  b.items = b.units[0] = g.n * g.oh;
+  b.blocks = b.steps = 1;
   return b;
 }
 
@@ -108,7 +117,7 @@ void conv_geometry(ConvGeometry& g) {
   g.ow = out_size(g.w, g.left + g.right, g.kw, g.sw);
   // Kernels index elements with 64 bits; a block's scratch is some 36 times its part of the input at most.
   product(product(g.n, product(g.h, g.w)), g.c);
-  product(product(g.n, product(g.oh, g.ow)), product(g.k, product(g.c, product(g.kh, g.kw))));
+  product(product(g.n, product(g.oh, g.ow)), product(g.k, product(g.c / g.groups, product(g.kh, g.kw))));
 }
 
 ConvBlocking conv_blocking(std::string_view algorithm, const ConvGeometry& g, const ConvColumns& columns,
@@ -117,7 +126,9 @@ ConvBlocking conv_blocking(std::string_view algorithm, const ConvGeometry& g, co
   if (tile && (g.sh != 1 || g.sw != 1))
     throw std::invalid_argument("conv: " + std::string(algorithm) + " is for stride 1");
   if (g.n == 0) return {};
-  ConvBlocking b = tile ? winograd_blocking(tile, g, columns) : direct_blocking(g, columns);
+  ConvBlocking b = tile                           ? winograd_blocking(tile, g, columns)
+                   : conv_is_depthwise(algorithm) ? depthwise_blocking(g)
+                                                  : direct_blocking(g, columns);
   const int64_t useful = std::max<int64_t>(products_of(g) / kProductsPerThread, 1);
   b.workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), useful));
   // As many blocks for every thread, unless they would become too small.

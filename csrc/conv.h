@@ -1,4 +1,4 @@
-// conv: a dense float32 convolution with everything that follows it in a network.
+// conv: a float32 convolution, dense or depthwise, with everything that follows it in a network.
 //
 //   out = affine(activation(conv(x, weight) + bias [+ residual])) [+ residual]      (see updp/ops for the
 //   definition)
@@ -21,6 +21,7 @@ struct ConvGeometry {
   int64_t sh, sw;                    // stride
   int64_t top, left, bottom, right;  // zero padding
   int64_t oh, ow;                    // output size, filled in by conv_geometry
+  int64_t groups;                    // 1, or c of a depthwise convolution, where k is c, too
 };
 
 // Pointers may be null, except where the sizes say otherwise: bias, scale and shift have k elements; residual
@@ -84,6 +85,12 @@ constexpr float kWinogradP = 0.75f, kWinogradQ = 1.5f;
 // 4 for "winograd4", 2 for "winograd2", 0 for any other algorithm.
 int64_t conv_tile(std::string_view algorithm);
 
+// Whether every channel is convolved by itself.
+bool conv_is_depthwise(std::string_view algorithm);
+
+// Products that an element of the output takes.
+int64_t conv_depth(const ConvGeometry& g);
+
 // Fills oh and ow; throws std::invalid_argument for sizes that make no sense or overflow.
 void conv_geometry(ConvGeometry& g);
 
@@ -93,7 +100,7 @@ ConvColumns conv_columns(int64_t k, int64_t lanes);
 // Elements of a packed weight. Throws where the algorithm cannot do this kernel size.
 int64_t conv_packed_size(std::string_view algorithm, int64_t lanes, const ConvGeometry& g);
 
-// Packs a contiguous (k, c, kh, kw) weight.
+// Packs a contiguous (k, c / groups, kh, kw) weight.
 void conv_pack(std::string_view algorithm, int64_t lanes, const ConvGeometry& g, const float* weight,
                float* packed);
 

@@ -141,21 +141,6 @@ struct Parts {
   }
 };
 
-// True if the epilogue is no more than a bias and bounds.
-bool bounds_of(const ConvJob& job, int64_t column, int64_t at, Bounds& bounds) {
-  const ConvEpilogue& e = job.epilogue;
-  const float infinity = __builtin_inff();
-  const bool is_relu6 = e.activation == Activation::kRelu6;
-  bounds = {e.bias ? e.bias + column : nullptr,
-            e.activation == Activation::kNone ? -infinity : 0.0f,
-            is_relu6 ? 6.0f : infinity,
-            job.out + at,
-            job.g.k,
-            job.g.k - column};
-  const bool is_bounding = e.activation == Activation::kNone || e.activation == Activation::kRelu || is_relu6;
-  return is_bounding && !e.scale && !e.residual;
-}
-
 // A part of the sums of a tile: what is not in the padding above and below. Finishes if it is the last one.
 void multiply_tile(const Block& block, int64_t tile, const Part& taps, int64_t unit, float* sums) {
   const ConvJob& job = block.job;

@@ -27,6 +27,21 @@ struct Bounds {
   int64_t columns;  // that exist
 };
 
+// True if the epilogue is no more than a bias and bounds.
+inline bool bounds_of(const ConvJob& job, int64_t column, int64_t at, Bounds& bounds) {
+  const ConvEpilogue& e = job.epilogue;
+  const float infinity = __builtin_inff();
+  const bool is_relu6 = e.activation == Activation::kRelu6;
+  bounds = {e.bias ? e.bias + column : nullptr,
+            e.activation == Activation::kNone ? -infinity : 0.0f,
+            is_relu6 ? 6.0f : infinity,
+            job.out + at,
+            job.g.k,
+            job.g.k - column};
+  const bool is_bounding = e.activation == Activation::kNone || e.activation == Activation::kRelu || is_relu6;
+  return is_bounding && !e.scale && !e.residual;
+}
+
 template <int kCount, int kVectors>
 inline void store_bounded(const Vec (&total)[kCount][kVectors], const Bounds& to) {
   UPDP_UNROLL for (int v = 0; v < kVectors; ++v) {

@@ -55,7 +55,22 @@ void pack_winograd(int64_t tile, const ConvColumns& columns, const ConvGeometry&
   });
 }
 
+// Of each vector of channels all taps; the last vector ends with the last channel.
+void pack_depthwise(const ConvColumns& columns, const ConvGeometry& g, const float* weight, float* packed) {
+  const int64_t taps = g.kh * g.kw;
+  for (int64_t first = 0; first < columns.padded; first += columns.lanes)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t lane = 0; lane < columns.lanes; ++lane) {
+        const int64_t k = std::max<int64_t>(std::min(first, g.k - columns.lanes), 0) + lane;
+        *packed++ = k < g.k ? weight[k * taps + tap] : 0.0f;
+      }
+}
+
 }  // namespace
+
+bool conv_is_depthwise(std::string_view algorithm) { return algorithm == "depthwise"; }
+
+int64_t conv_depth(const ConvGeometry& g) { return g.c / g.groups * g.kh * g.kw; }
 
 int64_t conv_tile(std::string_view algorithm) {
   return algorithm == "winograd4" ? 4 : algorithm == "winograd2" ? 2 : 0;
@@ -71,13 +86,14 @@ int64_t conv_packed_size(std::string_view algorithm, int64_t lanes, const ConvGe
   if (tile && (g.kh != 3 || g.kw != 3))
     throw std::invalid_argument("conv: " + std::string(algorithm) + " is for 3x3 weights, got " +
                                 std::to_string(g.kh) + "x" + std::to_string(g.kw));
-  return conv_columns(g.k, lanes).padded * g.c * (tile ? (tile + 2) * (tile + 2) : g.kh * g.kw);
+  return conv_columns(g.k, lanes).padded * (tile ? g.c * (tile + 2) * (tile + 2) : conv_depth(g));
 }
 
 void conv_pack(std::string_view algorithm, int64_t lanes, const ConvGeometry& g, const float* weight,
                float* packed) {
   const ConvColumns columns = conv_columns(g.k, lanes);
   if (const int64_t tile = conv_tile(algorithm)) return pack_winograd(tile, columns, g, weight, packed);
+  if (conv_is_depthwise(algorithm)) return pack_depthwise(columns, g, weight, packed);
   const int64_t taps = g.kh * g.kw;
   for_columns(columns, taps * g.c, g.k, [&](int64_t at, int64_t row, int64_t k) {
     packed[at] = k < 0 ? 0.0f : weight[(k * g.c + row % g.c) * taps + row / g.c];

@@ -21,17 +21,27 @@ struct Addresses {
   uintptr_t packed, bias, scale, shift, residual;
 };
 
+// Of a (k, c / groups, kh, kw) weight.
+inline int64_t groups_of(const Kernel& kernel, const Four& weight) {
+  if (!conv_is_depthwise(kernel.algorithm)) return 1;
+  if (weight[1] != 1)
+    throw std::invalid_argument("conv: depthwise is for weights of one input channel, got " +
+                                std::to_string(weight[1]));
+  return weight[0];
+}
+
 // A convolution of given sizes, checked once; runs on any arrays of these sizes.
 class ConvPlan {
  public:
   ConvPlan(const std::string& variant, const Four& input, const Four& weight,
            const std::array<int64_t, 2>& stride, const Four& padding)
       : kernel_(find_kernel("conv", variant)) {
-    if (weight[1] != input[3])
+    const int64_t groups = groups_of(kernel_, weight);
+    if (weight[1] * groups != input[3])
       throw std::invalid_argument("conv: the input has " + std::to_string(input[3]) +
-                                  " channels, the weight is for " + std::to_string(weight[1]));
+                                  " channels, the weight is for " + std::to_string(weight[1] * groups));
     g_ = {input[0],  input[1],   input[2],   input[3],   weight[0],  weight[2], weight[3], stride[0],
-          stride[1], padding[0], padding[1], padding[2], padding[3], 0,         0};
+          stride[1], padding[0], padding[1], padding[2], padding[3], 0,         0,         groups};
     conv_geometry(g_);
     packed_ = conv_packed_size(kernel_.algorithm, kernel_.lanes(), g_);
     columns_ = conv_columns(g_.k, kernel_.lanes());

@@ -18,7 +18,7 @@ ROWS = [
     "_".join(row) for row in re.findall(r"^UPDP_KERNEL\((conv), (\w+), (\w+), (\w+)\)$", KERNELS_DEF.read_text(), re.M)
 ]
 # Of the convolution of absolute values: what rounding may leave.
-BOUNDS = {"direct": 5e-7, "winograd2": 2e-6, "winograd4": 5e-6}
+BOUNDS = {"direct": 5e-7, "depthwise": 5e-7, "winograd2": 2e-6, "winograd4": 5e-6}
 # How much an activation may stretch an error.
 SLOPES = {"none": 1, "relu": 1, "relu6": 1, "gelu": 1.13, "silu": 1.1, "hardswish": 1.5}
 PORTABLE = "conv_direct_f32_portable"
@@ -31,6 +31,11 @@ def runnable(name):
     if not row.available:
         pytest.skip(f"NOT TESTED: {name}, because this CPU has no {row.isa}")
     return row
+
+
+def weight_shape(row, k, c, *kernel):
+    """Of a weight for c channels, and its groups; depthwise rows have as many outputs as inputs."""
+    return ((c, 1, *kernel), c) if "depthwise" in row else ((k, c, *kernel), 1)
 
 
 class Case:
@@ -49,7 +54,7 @@ class Case:
             return torch.randn(shape, generator=generator)
 
         kernel, stride = [3, 3], (1, 1)
-        if row.algorithm == "direct":
+        if row.algorithm in ("direct", "depthwise"):
             kernel = pick([1, 1], [3, 3], [5, 5], [7, 7], [4, 4], [3, 1], [2, 5])
             stride = pick((1, 1), (1, 1), (2, 2), (4, 4), (1, 2), (3, 2))
         padding = pick((0, 0, 0, 0), tuple(k // 2 for k in kernel) * 2, tuple(between(0, k) for k in kernel * 2))
@@ -61,9 +66,12 @@ class Case:
         spans = [height + padding[0] + padding[2], width + padding[1] + padding[3]]
         out = [(span - size) // step + 1 for span, size, step in zip(spans, kernel, stride, strict=True)]
         # Cheap ones: of what makes a case dear, the batch and then the channels are the first to go.
-        batch = max(1, min(batch, products // (math.prod(out) * k * c * math.prod(kernel))))
-        k = max(1, min(k, products // (math.prod(out) * c * math.prod(kernel)))) if row.algorithm == "direct" else k
-        self.x, self.weight = randn(batch, c, height, width), randn(k, c, *kernel)
+        if row.algorithm == "direct":
+            k = max(1, min(k, products // (math.prod(out) * c * math.prod(kernel))))
+        shape, groups = weight_shape(row.name, k, c, *kernel)
+        k = shape[0]
+        batch = max(1, min(batch, products // (math.prod(out) * math.prod(shape))))
+        self.x, self.weight = randn(batch, c, height, width), randn(*shape)
         self.vectors = {"bias": pick(None, randn(k))} | dict.fromkeys(("scale", "shift"))
         if pick(True, False):
             self.vectors |= {"scale": randn(k), "shift": randn(k)}
@@ -71,7 +79,7 @@ class Case:
         residual = residual.contiguous(memory_format=pick(torch.channels_last, torch.contiguous_format))
         self.residual = pick(None, residual)
         activation = pick(*ops.ACTIVATIONS)
-        self.form = ConvForm(row.name, (k, c, *kernel), stride, padding, activation, residual_first=pick(True, False))
+        self.form = ConvForm(row.name, shape, stride, padding, activation, pick(True, False), groups)
 
     def run(self, threads=None):
         before = torch.get_num_threads()
@@ -90,7 +98,7 @@ class Case:
         expected = ops.conv_reference(x, weight, self.form, **doubles, residual=residual)
         assert got.shape == expected.shape
         assert got.is_contiguous(memory_format=torch.channels_last)
-        plain = ConvForm("reference", self.form.weight, self.form.stride, self.form.padding)
+        plain = ConvForm("reference", self.form.weight, self.form.stride, self.form.padding, groups=self.form.groups)
         sums = ops.conv_reference(x.abs(), weight.abs(), plain).amax()
         # What else is added is rounded once or twice, at its own size.
         others = [v.abs().amax() for v in (doubles["bias"], residual) if v is not None]
@@ -103,7 +111,7 @@ class Case:
 
 
 def test_the_rows_are_all_there():
-    assert len(ROWS) == len(set(ROWS)) == 9
+    assert len(ROWS) == len(set(ROWS)) == 12
     assert {name.split("_")[1] for name in ROWS} == set(BOUNDS)
     assert [row.name for row in ops.kernel_rows() if row.op == "conv"] == ROWS
 
@@ -130,9 +138,10 @@ def test_large_ones_do_not_depend_on_threads(name, shape):
     row = runnable(name)
     batch, c, height, width, k = LARGE[shape]
     case = Case(1, row)
-    case.x, case.weight = torch.randn(batch, c, height, width), torch.randn(k, c, 3, 3)
-    case.vectors, case.residual = {"bias": torch.randn(k), "scale": None, "shift": None}, None
-    case.form = ConvForm(name, (k, c, 3, 3), (1, 1), (1, 0, 2, 1), "silu")
+    sizes, groups = weight_shape(name, k, c, 3, 3)
+    case.x, case.weight = torch.randn(batch, c, height, width), torch.randn(sizes)
+    case.vectors, case.residual = {"bias": torch.randn(sizes[0]), "scale": None, "shift": None}, None
+    case.form = ConvForm(name, sizes, (1, 1), (1, 0, 2, 1), "silu", groups=groups)
     once = case.run(1)
     assert case.error(once) <= BOUNDS[row.algorithm]
     assert all(torch.equal(once, case.run(threads)) for threads in (2, 3, 4))
@@ -154,28 +163,29 @@ def test_linear_is_the_reference_of_its_rows(name):
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
-@pytest.mark.parametrize("name", [name for name in ROWS if "direct" in name])
+@pytest.mark.parametrize("name", [name for name in ROWS if "direct" in name or "depthwise" in name])
 def test_activations_everywhere(name, activation):
     """From where they are flat to where they are straight, and what is no number."""
     runnable(name)
     ends = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e30, -1e30, 88.5, -104.0])
-    x = torch.cat([torch.linspace(-12, 12, 4001), ends])[:, None]
-    form = ConvForm(name, (1, 1), activation=activation)
-    got = ops.linear(x, ops.pack_conv(torch.ones(1, 1), name), str(form))[:, 0]
-    expected = ops.conv_reference(x.double(), torch.ones(1, 1).double(), form)[:, 0]
+    x = torch.cat([torch.linspace(-12, 12, 4001), ends])[:, None, None, None]
+    form, weight = ConvForm(name, (1, 1, 1, 1), activation=activation), torch.ones(1, 1, 1, 1)
+    got = ops.conv2d(x, ops.pack_conv(weight, name), str(form)).flatten()
+    expected = ops.conv_reference(x.double(), weight.double(), form).flatten()
     finite = expected.isfinite()
     assert not got[~finite].isfinite().any()
-    assert (got - expected)[finite].abs().le(3e-7 * x[finite, 0].abs().clamp(min=1)).all()
+    assert (got - expected)[finite].abs().le(3e-7 * x.flatten()[finite].abs().clamp(min=1)).all()
 
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_stays_so(name, value):
     runnable(name)
-    x, weight = torch.randn(1, 5, 9, 9), torch.randn(20, 5, 3, 3)
+    sizes, groups = weight_shape(name, 20, 5, 3, 3)
+    x, weight = torch.randn(1, 5, 9, 9), torch.randn(sizes)
     x[0, 2, 4, 5] = value
     for activation in ("none", "relu", "gelu"):
-        form = ConvForm(name, (20, 5, 3, 3), padding=(1, 1, 1, 1), activation=activation)
+        form = ConvForm(name, sizes, padding=(1, 1, 1, 1), activation=activation, groups=groups)
         got = ops.conv2d(x, ops.pack_conv(weight, name), str(form))
         expected = ops.conv_reference(x, weight, form)
         assert not got[~expected.isfinite()].isfinite().any()
@@ -207,27 +217,30 @@ def test_nothing_is_written_beside_the_output():
     for name in ROWS:
         if not next(row for row in ops.kernel_rows() if row.name == name).available:
             continue
-        weight, x = torch.randn(5, 3, 3, 3), torch.randn(2, 3, 7, 6).contiguous(memory_format=torch.channels_last)
-        packed, room = ops.pack_conv(weight, name), torch.full((2 * 5 * 7 * 6 + 64,), 7.0)
-        plan = table.NATIVE.ConvPlan(name, (2, 7, 6, 3), (5, 3, 3, 3), (1, 1), (1, 1, 1, 1))
-        assert plan.out_shape == [2, 7, 6, 5]
+        sizes, groups = weight_shape(name, 5, 3, 3, 3)
+        weight, x = torch.randn(sizes), torch.randn(2, 3, 7, 6).contiguous(memory_format=torch.channels_last)
+        packed, room = ops.pack_conv(weight, name), torch.full((2 * sizes[0] * 7 * 6 + 64,), 7.0)
+        plan = table.NATIVE.ConvPlan(name, (2, 7, 6, 3), sizes, (1, 1), (1, 1, 1, 1))
+        assert plan.out_shape == [2, 7, 6, sizes[0]]
         plan.run(x.data_ptr(), packed.data_ptr(), room.data_ptr() + 128, 0, 0, 0, 0, False, 0, False, 1)
         assert (room[:32] == 7).all()
         assert (room[-32:] == 7).all()
         assert not (room[32:-32] == 7).any()
-        form = ConvForm(name, (5, 3, 3, 3), padding=(1, 1, 1, 1))
-        assert ops.conv2d(x[:0], packed, str(form)).shape == (0, 5, 7, 6)
+        form = ConvForm(name, sizes, padding=(1, 1, 1, 1), groups=groups)
+        assert ops.conv2d(x[:0], packed, str(form)).shape == (0, sizes[0], 7, 6)
 
 
 def test_variants_are_those_that_fit():
     best = next(row.isa for row in ops.kernel_rows() if row.op == "conv" and row.available)
     names = {algorithm: f"conv_{algorithm}_f32_{best}" for algorithm in BOUNDS}
     assert ops.conv_variants((64, 64, 3, 3), (1, 1), (1, 56, 56))[0] == names["winograd4"]
-    assert set(ops.conv_variants((64, 64, 3, 3))) == set(names.values())
+    assert set(ops.conv_variants((64, 64, 3, 3))) == set(names.values()) - {names["depthwise"]}
     assert ops.conv_variants((512, 512, 3, 3), (1, 1), (1, 7, 7))[0] == names["winograd2"]
     assert ops.conv_variants((64, 64, 3, 3), (1, 1), (1, 2, 2))[0] == names["direct"]
     assert ops.conv_variants((64, 64, 3, 3), (2, 2)) == [names["direct"]]
     assert ops.conv_variants((64, 64, 5, 5)) == ops.conv_variants((64, 64)) == [names["direct"]]
+    assert ops.conv_variants((64, 1, 7, 7), (2, 2), groups=64) == [names["depthwise"]]
+    assert ops.conv_variants((64, 2, 3, 3), groups=32) == ops.conv_variants((64, 1, 3, 3), groups=32) == []
 
 
 def test_without_a_build_the_reference_does_the_work(monkeypatch):
@@ -299,11 +312,17 @@ def test_forms_are_read_as_they_are_written():
     assert str(form) == "reference weight=8x3x5x7 stride=2x1 padding=1,2,3,4 activation=relu6 residual=first"
     assert ConvForm.parse(str(form)) == form
     assert ConvForm.parse(str(ConvForm("reference", (8, 3)))) == ConvForm("reference", (8, 3))
+    depthwise = ConvForm("reference", (8, 1, 3, 3), groups=8)
+    assert str(depthwise).startswith("reference weight=8x1x3x3 groups=8 stride=1x1 ")
+    assert ConvForm.parse(str(depthwise)) == depthwise
     for text in ("", "fast", str(form) + " ", str(form).replace("8x", "0x"), str(form).replace("relu6", "elu")):
         with pytest.raises(ValueError, match="conv: got"):
             ConvForm.parse(text)
     with pytest.raises(ValueError, match="neither stride nor padding"):
         ConvForm("reference", (8, 3), (2, 2))
+    for weight, groups in [((8, 1, 3, 3), 3), ((8, 1, 3, 3), 0), ((8, 1), 8)]:
+        with pytest.raises(ValueError, match=f"got {groups} groups for the weight .*, allowed: 1, or what divides"):
+            ConvForm("reference", weight, groups=groups)
 
 
 FORM = str(ConvForm(PORTABLE, (4, 3, 3, 3)))
@@ -318,6 +337,21 @@ BAD = {
         {"form": FORM.replace("direct", "winograd4").replace("1x1", "2x2")},
         ValueError,
         "winograd4 is for stride 1",
+    ),
+    "groups": (
+        {"form": FORM.replace("4x3x3x3", "4x3x3x3 groups=2")},
+        ValueError,
+        "got 2 groups, conv_direct_f32_portable is for 1 here",
+    ),
+    "depthwise": (
+        {"form": FORM.replace("direct", "depthwise").replace("4x3x3x3", "3x1x3x3")},
+        ValueError,
+        "got 1 groups, conv_depthwise_f32_portable is for 3 here",
+    ),
+    "depthwise channels": (
+        {"form": FORM.replace("direct", "depthwise").replace("4x3x3x3", "4x1x3x3 groups=4")},
+        ValueError,
+        "the input has 3 channels, the weight is for 4",
     ),
     "packed": ({"packed": torch.ones(5)}, ValueError, r"the packed weight has shape \(5,\), need \(108,\)"),
     "strided": ({"packed": torch.ones(216)[::2]}, ValueError, "the packed weight has shape .* dense"),
@@ -349,6 +383,8 @@ def test_bad_weights_are_named():
         ops.pack_conv(torch.ones(3, 3).double(), PORTABLE)
     with pytest.raises(ValueError, match="winograd2 is for 3x3 weights, got 1x1"):
         ops.pack_conv(torch.ones(3, 3), "conv_winograd2_f32_portable")
+    with pytest.raises(ValueError, match="depthwise is for weights of one input channel, got 3"):
+        ops.pack_conv(torch.ones(3, 3), "conv_depthwise_f32_portable")
     with pytest.raises(ValueError, match=r"the input has shape \(\)"):
         ops.linear(torch.ones(()), torch.ones(9), str(ConvForm(PORTABLE, (3, 3))))
 

@@ -252,11 +252,12 @@ def with_forms(model, x, beginning):
 @pytest.mark.parametrize("residual", ["none", "first", "last"])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6", "gelu", "silu", "hardswish"])
-@pytest.mark.parametrize("weight", [(6, 4, 3, 3), (6, 4)])
+@pytest.mark.parametrize("weight", [(6, 4, 3, 3), (6, 4), (6, 1, 5, 3)])
 def test_all_forms_compute_the_same(weight, activation, scaled, residual):
     pads = (0, 0, 0, 0) if len(weight) == 2 else (1, 1, 1, 1)
-    problem = Problem(weight, (1, 1), pads, (1, 1), 1, activation, scaled, residual)
-    shape = (2, 5, 4) if problem.is_linear else (2, 4, 7, 6)
+    groups = 6 if weight[1] == 1 else 1
+    problem = Problem(weight, (1, 1), pads, (1, 1), groups, activation, scaled, residual)
+    shape = (2, 5, 4) if problem.is_linear else (2, weight[1] * groups, 7, 6)
     scale, shift = (images(6, seed=seed) if scaled else None for seed in (2, 3))
     operands = Operands(images(*weight), images(6, seed=1), scale, shift)
     arguments = [images(*shape, seed=4)]

@@ -114,10 +114,10 @@ def forms_for(problem: Problem, shape: tuple[int, ...], dtype: torch.dtype, devi
         return forms
     if _has_onednn() and (problem.is_linear or problem.pads[:2] == problem.pads[2:]):
         forms.append(ONEDNN)
-    if problem.groups == 1 and problem.dilation == (1, 1):
+    if problem.dilation == (1, 1):
         out = problem.out_shape(shape)
         size = (1, 1, math.prod(out[:-1])) if problem.is_linear else (out[0], *out[2:])
-        forms += ops.conv_variants(problem.weight, problem.stride, size)
+        forms += ops.conv_variants(problem.weight, problem.stride, size, problem.groups)
     return forms
 
 
@@ -220,8 +220,9 @@ class NativeForm(Form):
     def __init__(self, variant: str, problem: Problem, operands: Operands) -> None:
         super().__init__(variant, problem)
         form = ops.ConvForm(
-            variant, problem.weight, problem.stride, problem.pads, problem.activation, problem.residual == "first"
-        )
+            variant, problem.weight, problem.stride, problem.pads, problem.activation, problem.residual == "first",
+            problem.groups,
+        )  # fmt: skip
         self.text = str(form)
         self.register_buffer("packed", ops.pack_conv(operands.weight, variant))
         for name in ("bias", "scale", "shift"):

@@ -1,4 +1,4 @@
-"""``conv2d`` and ``linear``: a dense float32 convolution with what follows it in a network, in one pass.
+"""``conv2d`` and ``linear``: a float32 convolution, dense or depthwise, with what follows it in a network, in one pass.
 
 ``activation(conv(x, weight) + bias) * scale + shift``, plus a residual at the end or before the activation. Weights are
 packed once for a variant; activations are NHWC (``channels_last``). For inference: there is no backward.
@@ -18,25 +18,32 @@ from torch import Tensor
 from updp.ops import rows as table
 from updp.ops.form import ACTIVATIONS, ConvForm
 
+_DEPTHWISE = "depthwise"  # the algorithm whose groups are all channels
 _TILES = {"winograd4": 4, "winograd2": 2}  # outputs of a tile of Winograd's F(m x m, 3x3), a side
 
 
 def conv_variants(
-    weight_shape: Sequence[int], stride: Sequence[int] = (1, 1), out_shape: Sequence[int] = (1, 56, 56)
+    weight_shape: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    out_shape: Sequence[int] = (1, 56, 56),
+    groups: int = 1,
 ) -> list[str]:
     """The compiled variants of the best instruction set here that can run a convolution, best guess first.
 
     Args:
-        weight_shape: ``(K, C, kh, kw)``, or ``(K, C)`` of a linear layer.
+        weight_shape: ``(K, C / groups, kh, kw)``, or ``(K, C)`` of a linear layer.
         stride: vertical, horizontal.
         out_shape: batch, height and width of the output, on which the guess depends.
+        groups: 1, or K of a depthwise convolution; no row is for any other.
 
     Returns:
         Names of `kernel_rows`, for :func:`pack_conv` and :class:`ConvForm`; empty if none is built.
     """
     k, c, kh, kw = _four(weight_shape)
     rows = table.available_rows("conv", torch.float32)
-    rows = tuple(row for row in rows if row.isa == rows[0].isa)
+    rows = tuple(row for row in rows if row.isa == rows[0].isa and (row.algorithm == _DEPTHWISE) == (groups != 1))
+    if groups != 1 and (groups, 1) != (k, c):
+        return []
     if (kh, kw) != (3, 3) or tuple(stride) != (1, 1):
         rows = tuple(row for row in rows if row.algorithm not in _TILES)
 
@@ -51,7 +58,7 @@ def conv_variants(
 
 
 def pack_conv(weight: Tensor, variant: str) -> Tensor:
-    """The weight ``(K, C, kh, kw)``, or ``(K, C)`` of a linear layer, as a variant reads it: one float32 dimension.
+    """The weight ``(K, C / groups, kh, kw)``, or ``(K, C)`` of a linear layer, as a variant reads it: one dimension.
 
     Raises:
         ValueError: a variant that cannot run here, or not with this kernel size; another number of dimensions.
@@ -131,7 +138,7 @@ def conv_reference(
         out = F.linear(x, weight, bias)
     else:
         top, left, bottom, right = form.padding
-        out = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, form.stride)
+        out = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, form.stride, groups=form.groups)
     if residual is not None and form.residual_first:
         out = out + residual
     out = _activate(form.activation, out)
@@ -178,6 +185,9 @@ def plan_of(text: str, shape: tuple[int, ...]) -> ConvPlan | None:
     if form.variant == table.REFERENCE:
         return None
     table.pick("conv", torch.float32, form.variant)
+    groups = form.weight[0] if form.variant.split("_")[1] == _DEPTHWISE else 1
+    if form.groups != groups:
+        raise ValueError(f"conv: got {form.groups} groups, {form.variant} is for {groups} here")
     if len(shape) < 1 or (len(shape) != 4 and not form.is_linear):
         raise ValueError(
             f"conv: the input has shape {tuple(shape)}, need {'(..., C)' if form.is_linear else '(N, C, H, W)'}"
@@ -308,10 +318,10 @@ def _fake(
     residual: Tensor | None,
 ) -> Tensor:
     form = ConvForm.parse(text)
-    k, c, *kernel = form.weight
+    k, _, *kernel = form.weight
     channels = x.shape[-1 if form.is_linear else 1]
-    if channels != c:
-        raise ValueError(f"conv: the input has {channels} channels, the weight is for {c}")
+    if channels != form.channels:
+        raise ValueError(f"conv: the input has {channels} channels, the weight is for {form.channels}")
     if form.is_linear:
         return x.new_empty(*x.shape[:-1], k)
     sizes = [
