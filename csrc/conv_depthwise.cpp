@@ -1,7 +1,7 @@
 // conv_depthwise: every channel by itself, channels in vector lanes. Compiled once per instruction set.
 //
 // A tile is a few neighbouring outputs of a line; their sums stay in registers, and an input that is loaded
-// serves all outputs that it belongs to. Taps in the padding are left out. See conv_finish.h for the rule
+// serves all outputs that it belongs to. Lines in the padding are left out. See conv_finish.h for the rule
 // about linkage.
 #include "conv_finish.h"
 #include "conv_multiply.h"
@@ -9,9 +9,18 @@
 namespace updp {
 namespace {
 
-// A line of the output meets so many vectors of channels before the next line does.
-constexpr int64_t kVectors = 4;
-// Lines of the output that are worked on together, one block of channels after the other.
+// Outputs of a tile, for which there is a function each: as many as the registers hold with their inputs.
+#if defined(__AVX512F__)
+constexpr int kColumns = 8;
+#define UPDP_COLUMNS 1, 2, 3, 4, 5, 6, 7, 8
+#else
+constexpr int kColumns = 4;
+#define UPDP_COLUMNS 1, 2, 3, 4
+#endif
+
+// What a tile reads should stay in the first cache until its neighbour has read it.
+constexpr int64_t kCacheBytes = 36 << 10;
+// Lines of about so many outputs are worked on together, one block of channels after the other.
 constexpr int64_t kStripPixels = 256;
 
 // Some neighbouring outputs of a line and some vectors of channels: what they read and where they go.
@@ -43,20 +52,20 @@ inline void add_line(const ConvGeometry& g, const float* x, int64_t column, cons
       }
     }
   } else {
+    // Inputs are loaded once. Tap by tap, a sum waits for the one before only after all others had their
+    // turn.
     constexpr int kInputs = (kCount - 1) * kStride + kWidth;
-    Vec w[kWidth];
-    UPDP_UNROLL for (int tap = 0; tap < kWidth; ++tap) w[tap] = load(weight + tap * kLanes);
+    Vec values[kInputs];
     // One pointer for three columns: their addresses are the pointer plus 0, 1 or 2 times the channels.
     const float* at = x + column * g.c;
-    _Pragma("GCC unroll 64") for (int j = 0; j < kInputs; ++j) {
-      if (!kIsEdge || (column + j >= 0 && column + j < g.w)) {
-        const Vec value = input(at + j % 3 * g.c);
-        UPDP_UNROLL for (int tap = 0; tap < kWidth; ++tap) {
-          if (j >= tap && (j - tap) % kStride == 0 && (j - tap) / kStride < kCount)
-            total[(j - tap) / kStride][0] += value * w[tap];
-        }
-      }
+    _Pragma("GCC unroll 32") for (int j = 0; j < kInputs; ++j) {
+      const bool is_there = !kIsEdge || (column + j >= 0 && column + j < g.w);
+      values[j] = in_register(is_there ? input(at + j % 3 * g.c) : Vec{});
       if (j % 3 == 2) at += 3 * g.c;
+    }
+    UPDP_UNROLL for (int tap = 0; tap < kWidth; ++tap) {
+      const Vec w = load(weight + tap * kLanes);
+      UPDP_UNROLL for (int i = 0; i < kCount; ++i) total[i][0] += values[i * kStride + tap] * w;
     }
   }
 }
@@ -94,10 +103,9 @@ struct Functions {
   const DoTile* edge;
 };
 
-constexpr int kColumns = 8;
 template <int kWidth, int kStride>
-constexpr Functions kFunctions = {kTiles<kWidth, kStride, false, 1, 2, 3, 4, 5, 6, 7, 8>,
-                                  kTiles<kWidth, kStride, true, 1, 2, 3, 4, 5, 6, 7, 8>};
+constexpr Functions kFunctions = {kTiles<kWidth, kStride, false, UPDP_COLUMNS>,
+                                  kTiles<kWidth, kStride, true, UPDP_COLUMNS>};
 
 Functions functions_of(const ConvGeometry& g) {
   if (g.sw == 1 && g.kw == 3) return kFunctions<3, 1>;
@@ -131,13 +139,16 @@ void UPDP_NAME(conv, depthwise, f32, UPDP_ISA)(const ConvJob& job, int64_t block
                                                int64_t end, float*) {
   const ConvBlocking& b = job.blocking;
   const int64_t first = part(b.items, b.blocks, block), last = part(b.items, b.blocks, block + 1);
-  const int64_t lines = most(kStripPixels / job.g.ow, 1), vectors = job.columns.padded / kLanes;
-  const Functions functions = functions_of(job.g);
+  const ConvGeometry& g = job.g;
+  const int64_t lines = most(kStripPixels / g.ow, 1), vectors = job.columns.padded / kLanes;
+  const int64_t taps = g.kh * ((kColumns - 1) * g.sw + 2 * g.kw);
+  const int64_t together = most(kCacheBytes / int64_t{sizeof(Vec)} / taps, 1);
+  const Functions functions = functions_of(g);
   end = least(first + end, last);
   for (int64_t strip = first + begin; strip < end; strip += lines)
-    for (int64_t v = 0; v < vectors; v += kVectors)
+    for (int64_t v = 0; v < vectors; v += together)
       for (int64_t line = strip; line < least(strip + lines, end); ++line)
-        do_line(job, functions, line, v, least(v + kVectors, vectors));
+        do_line(job, functions, line, v, least(v + together, vectors));
 }
 
 }  // namespace updp

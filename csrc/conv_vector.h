@@ -76,6 +76,14 @@ inline void store_some(float* to, Vec value, int64_t count) {
     store(to, value);
 }
 
+// A value that is used often, loaded once: compilers may think that loading it again costs nothing.
+inline Vec in_register(Vec value) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(value));
+#endif
+  return value;
+}
+
 inline Vec at_most(Vec x, float high) { return x > high ? splat(high) : x; }  // keeps a NaN
 inline Vec at_least(Vec x, float low) { return x < low ? splat(low) : x; }
 

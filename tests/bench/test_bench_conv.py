@@ -16,33 +16,49 @@ from updp import ops
 from updp.measure import measure
 from updp.ops import ConvForm
 
-BOUNDS = {"direct": 5e-7, "winograd2": 2e-6, "winograd4": 5e-6}
+BOUNDS = {"direct": 5e-7, "depthwise": 5e-7, "winograd2": 2e-6, "winograd4": 5e-6}
 Ways = dict[str, Callable[[], Tensor]]
 
 
 class Layer:
     """A convolution of a merged network: batch, channels in and out, height and width, kernel size, stride, padding."""
 
-    def __init__(self, batch: int, c: int, k: int, height: int, kernel: int = 3, stride: int = 1, padding: int = 1):
-        self.name = f"{batch}x{c}x{height}x{height} to {k}, {kernel}x{kernel} stride {stride}"
-        self.sizes = (batch, c, k, height, kernel, stride, padding)
+    def __init__(
+        self,
+        batch: int,
+        c: int,
+        k: int,
+        height: int,
+        kernel: int = 3,
+        stride: int = 1,
+        padding: int = 1,
+        groups: int = 1,
+    ):
+        kind = "depthwise" if groups > 1 else f"to {k},"
+        self.name = f"{batch}x{c}x{height}x{height} {kind} {kernel}x{kernel} stride {stride}"
+        self.sizes, self.groups = (batch, c, k, height, kernel, stride, padding), groups
+
+    @classmethod
+    def depthwise(cls, batch: int, c: int, height: int, kernel: int = 3, stride: int = 1) -> "Layer":
+        return cls(batch, c, c, height, kernel, stride, kernel // 2, groups=c)
 
     def tensors(self) -> None:
         """Made for each test anew: all of them together would be large."""
         batch, c, k, height, kernel, stride, padding = self.sizes
         generator = torch.Generator().manual_seed(k)
         x = torch.randn(batch, c, height, height, generator=generator)
-        weight = torch.randn(k, c, kernel, kernel, generator=generator)
+        weight = torch.randn(k, c // self.groups, kernel, kernel, generator=generator)
         self.x = x.contiguous(memory_format=torch.channels_last)
         self.weight = weight.contiguous(memory_format=torch.channels_last)
-        self.expected = F.conv2d(x.double(), weight.double(), None, stride, padding)
-        self.sums = F.conv2d(x.double().abs(), weight.double().abs(), None, stride, padding).amax()
+        geometry = (None, stride, padding, 1, self.groups)
+        self.expected = F.conv2d(x.double(), weight.double(), *geometry)
+        self.sums = F.conv2d(x.double().abs(), weight.double().abs(), *geometry).amax()
 
     def torch_ways(self) -> Ways:
         *_, stride, padding = self.sizes
-        ways: Ways = {"channels_last": partial(F.conv2d, self.x, self.weight, None, stride, padding)}
+        ways: Ways = {"channels_last": partial(F.conv2d, self.x, self.weight, None, stride, padding, 1, self.groups)}
         if torch.backends.mkldnn.is_available():
-            steps = ([padding] * 2, [stride] * 2, [1, 1], 1)
+            steps = ([padding] * 2, [stride] * 2, [1, 1], self.groups)
             reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
             packed = reorder(self.weight.to_mkldnn(), *steps, list(self.x.shape))
             run = torch.ops.mkldnn._convolution_pointwise
@@ -51,11 +67,11 @@ class Layer:
 
     def variants(self) -> list[str]:
         stride, (n, _, height, width) = self.sizes[5], self.expected.shape
-        return ops.conv_variants(tuple(self.weight.shape), (stride, stride), (n, height, width))
+        return ops.conv_variants(tuple(self.weight.shape), (stride, stride), (n, height, width), self.groups)
 
     def native(self, variant: str) -> Callable[[], Tensor]:
         *_, stride, padding = self.sizes
-        form = str(ConvForm(variant, tuple(self.weight.shape), (stride, stride), (padding,) * 4))
+        form = str(ConvForm(variant, tuple(self.weight.shape), (stride, stride), (padding,) * 4, groups=self.groups))
         packed = ops.pack_conv(self.weight, variant)
         return partial(torch.ops.updp.conv2d.default, self.x, packed, form, None, None, None, None)
 
@@ -70,6 +86,18 @@ GUARDS = {
     "3x3": (2.3, [Layer(n, c, c, h) for c in (64, 96, 128, 192) for h in (56, 28) for n in (1, 8)]),
     "3x3 deep": (1.3, [Layer(n, c, c, 14) for c in (256, 320, 384) for n in (1, 8)]),
     "3x3 at the end": (0.95, [Layer(1, 512, 512, 7), Layer(8, 512, 512, 7)]),
+    "depthwise of MobileNetV2": (
+        1.2,
+        [
+            Layer.depthwise(n, c, h, stride=stride)
+            for c, h, stride in ((48, 112, 1), (96, 112, 2), (144, 56, 1), (192, 28, 1), (576, 14, 1), (960, 7, 1))
+            for n in (1, 8)
+        ],
+    ),
+    "depthwise of ConvNeXt": (
+        1.5,
+        [Layer.depthwise(n, c, h, 7) for c, h in ((96, 56), (192, 28), (384, 14), (768, 7)) for n in (1, 8)],
+    ),
     "the rest": (
         0.9,
         [
@@ -87,7 +115,13 @@ GUARDS = {
     ),
 }
 SAMPLES = {
-    layer.name: layer for layer in (Layer(1, 64, 64, 56), Layer(1, 3, 64, 224, 7, 2, 3), Layer(1, 96, 384, 28, 1, 1, 0))
+    layer.name: layer
+    for layer in (
+        Layer(1, 64, 64, 56),
+        Layer(1, 3, 64, 224, 7, 2, 3),
+        Layer(1, 96, 384, 28, 1, 1, 0),
+        Layer.depthwise(1, 144, 56),
+    )
 }
 ROWS = [row for row in ops.kernel_rows() if row.op == "conv" and row.available]
 
@@ -118,7 +152,9 @@ def test_torch(benchmark, way, name):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_row(benchmark, row, name):
     layer = SAMPLES[name]
-    if row.algorithm != "direct" and layer.sizes[4:6] != (3, 1):
+    if (row.algorithm == "depthwise") != (layer.groups > 1):
+        pytest.skip(f"{row.algorithm} is for other groups")
+    if row.algorithm.startswith("winograd") and layer.sizes[4:6] != (3, 1):
         pytest.skip(f"{row.algorithm} is for 3x3 and stride 1")
     layer.tensors()
     run = layer.native(row.name)
