@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bind_attention.h"
 #include "bind_conv.h"
 #include "dwcompose.h"
 #include "registry.h"
@@ -101,4 +102,5 @@ PYBIND11_MODULE(_C, module) {
              "Run one dwcompose row. Arrays are (address, shape, strides) of dense (C, h, w) weights.");
   updp::bind_conv(module);
   updp::bind_program(module);
+  updp::bind_attention(module);
 }

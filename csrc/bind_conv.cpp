@@ -36,7 +36,8 @@ void pack(const std::string& variant, const Four& shape, uintptr_t weight, uintp
   if (packed_elements != needed)
     throw std::invalid_argument("conv: the packed weight has " + std::to_string(packed_elements) +
                                 " elements, needs " + std::to_string(needed));
-  const Floats from{"the weight", weight, g.k * conv_depth(g)}, to{"the packed weight", packed, needed};
+  const Floats from{"conv", "the weight", weight, g.k * conv_depth(g)},
+      to{"conv", "the packed weight", packed, needed};
   from.check();
   to.check();
   if (from.overlaps(to)) throw std::invalid_argument("conv: the packed weight overlaps the weight");

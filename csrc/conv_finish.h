@@ -4,27 +4,13 @@
 
 #include "conv.h"
 #include "conv_vector.h"
+#include "vector_math.h"
 
 namespace updp {
 namespace {
 
-// 2^x for -126 <= x <= 126, to an ulp or two; the polynomials here are least-maximum fits.
-inline Vec power_of_two(Vec x) {
-  constexpr float kMagic =
-      12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the lowest bits
-  const Vec shifted = x + kMagic, r = x - (shifted - kMagic);
-  Vec p = splat(1.53457891e-4f);
-  p = p * r + 1.33999367e-3f;
-  p = p * r + 9.61848907e-3f;
-  p = p * r + 5.55032863e-2f;
-  p = p * r + 2.40226462e-1f;
-  p = p * r + 6.93147182e-1f;
-  p = p * r + 1.0f;
-  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(shifted) << 23));
-}
-
-// The exact one, x (1 + erf(x / sqrt 2)) / 2: the normal distribution's tail beyond |x| is 2^-Q(|x|), to
-// 1e-8.
+// The exact one, x (1 + erf(x / sqrt 2)) / 2, by a least-maximum fit: the normal distribution's tail beyond
+// |x| is 2^-Q(|x|), to 1e-8.
 inline Vec gelu(Vec x) {
   const Vec size = at_most(x < 0.0f ? -x : x, 9.0f);
   Vec q = splat(2.77204845e-6f);

@@ -7,8 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind_floats.h"
 #include "conv.h"
-#include "floats.h"
 #include "registry.h"
 #include "sequence.h"
 
@@ -68,12 +68,12 @@ class ConvPlan {
 
   // The output, checked.
   Floats output(uintptr_t out) const {
-    const Floats result{"out", out, g_.n * image()};
+    const Floats result{"conv", "out", out, g_.n * image()};
     result.check();
     return result;
   }
   void check_input(uintptr_t x, const Floats& out) const {
-    check({"the input", x, g_.n * g_.h * g_.w * g_.c}, out);
+    check({"conv", "the input", x, g_.n * g_.h * g_.w * g_.c}, out);
   }
 
   // What follows the convolution, checked.
@@ -81,11 +81,11 @@ class ConvPlan {
                         const Floats& out) const {
     const int64_t period = residual_shared ? image() : g_.n * image();
     const auto channels = [&](uintptr_t address) { return address == 0 ? 0 : g_.k; };
-    check({"the packed weight", own.packed, packed_}, out);
-    check({"bias", own.bias, channels(own.bias)}, out);
-    check({"scale", own.scale, channels(own.scale)}, out);
-    check({"shift", own.shift, channels(own.shift)}, out);
-    check({"residual", own.residual, own.residual == 0 ? 0 : period}, out);
+    check({"conv", "the packed weight", own.packed, packed_}, out);
+    check({"conv", "bias", own.bias, channels(own.bias)}, out);
+    check({"conv", "scale", own.scale, channels(own.scale)}, out);
+    check({"conv", "shift", own.shift, channels(own.shift)}, out);
+    check({"conv", "residual", own.residual, own.residual == 0 ? 0 : period}, out);
     if ((own.scale == 0) != (own.shift == 0))
       throw std::invalid_argument("conv: scale and shift come together");
     if (activation < 0 || activation >= kActivations)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "attention.h"
 #include "conv.h"
 #include "dwcompose.h"
 
@@ -13,6 +14,7 @@ namespace updp {
 #define UPDP_TYPE_f64 double
 #define UPDP_DECLARE_dwcompose(name, T) void name(const DwComposeJob<T>&, int64_t, int64_t, T*);
 #define UPDP_DECLARE_conv(name, T) void name(const ConvJob&, int64_t, int, int64_t, int64_t, T*);
+#define UPDP_DECLARE_attention(name, T) void name(const AttentionJob&, int64_t, int64_t, T*);
 #define UPDP_KERNEL(op, algorithm, dtype, isa) \
   UPDP_DECLARE_##op(op##_##algorithm##_##dtype##_##isa, UPDP_TYPE_##dtype)
 #include "kernels.def"

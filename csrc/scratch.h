@@ -1,4 +1,4 @@
-// Memory of a thread that calls.
+// Memory of a thread that calls: kept from call to call, so that only the first and larger ones allocate.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,6 @@
 
 namespace updp {
 
-// Kept from call to call, so that only the first and larger ones allocate.
 class Scratch {
  public:
   float* of(int64_t elements) {

@@ -138,6 +138,100 @@ class Border(nn.Module):
         return F.relu(self.conv(x) + F.conv2d(torch.ones_like(x[:1, :1]), self.taps, padding=1))
 
 
+class Attentive(nn.Module):
+    """Tokens that attend to each other, the way that networks write it."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.embed, self.qkv, self.out, self.way = nn.Conv2d(4, 8, 4, 4), nn.Linear(8, 24), nn.Linear(8, 8), way
+        self.register_buffer("mask", torch.randn(15, 15))
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).reshape(-1, 15, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = getattr(self, self.way)(q, k, v).transpose(1, 2).reshape(-1, 15, 8)
+        return self.out(y)
+
+    def operator(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1 * self.training)
+
+    def own_scale(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k[:, :, :9], v[:, :, :9], scale=0.3)
+
+    def masked(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+
+    def causal(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def products(self, q, k, v):
+        return F.dropout(((0.25 * q) @ k.transpose(-2, -1)).softmax(dim=-1), 0.1, self.training) @ v
+
+    def scaled_behind(self, q, k, v):
+        return ((q @ k.transpose(-2, -1)) * 0.3).softmax(dim=-1) @ v
+
+    def biased(self, q, k, v):
+        return (q @ k.transpose(-2, -1) + self.mask).softmax(dim=-1) @ v
+
+    def other_axis(self, q, k, v):
+        return (q @ k.transpose(-2, -1)).softmax(dim=-2) @ v
+
+
+ATTENTIONS = {
+    "operator": "attention 2 heads 15x15 tokens 4x4 channels scale 0.5",
+    "own_scale": "attention 2 heads 15x9 tokens 4x4 channels scale 0.3",
+    "products": "attention 2 heads 15x15 tokens 4x4 channels scale 0.25",
+    "scaled_behind": "attention 2 heads 15x15 tokens 4x4 channels scale 0.3",
+    "masked": None, "causal": None, "biased": None, "other_axis": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ATTENTIONS)
+def test_attention_is_one_piece_unless_it_is_masked(way):
+    model, x = randomize(Attentive(way), 0).eval(), images(3, 4, 12, 20)
+    deployed = same(copy.deepcopy(model).double(), x.double())
+    layers = ["8x4x4x4 stride 4x4", "24x8", "8x8"]
+    assert problems(deployed) == layers + [ATTENTIONS[way]] * (ATTENTIONS[way] is not None)
+    if ATTENTIONS[way] is None:
+        return
+    assert deployed.plan.choices[-1].name == "attention"
+    assert left(deployed, "matmul") == left(deployed, "softmax") == left(deployed, "scaled_dot") == 0
+    with torch.no_grad():
+        other = images(5, 4, 12, 20, seed=1)
+        assert relative(deployed(other.double()), model.double()(other.double())) <= 1e-12, "the batch size is free"
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native kernel runs here")
+def test_native_attention_in_a_network():
+    model, x = randomize(Attentive("operator"), 0).eval(), images(3, 4, 12, 20)
+    deployed = with_forms(model, x, "attention_")
+    assert [each.form for each in deployed.plan.choices][-1].startswith("attention_tiled_f32")
+    assert set(deployed.plan.choices[-1].times) == set()  # the plan said it
+    with torch.no_grad():
+        expected = deployed(x)
+        assert relative(expected, model(x)) <= 1e-5
+        torch.testing.assert_close(torch.compile(deployed, fullgraph=True, backend="aot_eager")(x), expected)
+        torch.testing.assert_close(torch.export.export(deployed, (x,)).module()(x), expected)
+        assert torch.equal(copy.deepcopy(deployed)(x), expected)
+
+
+def test_a_plan_from_before_attention_is_followed_for_the_rest(tmp_path):
+    model, x = randomize(Attentive("operator"), 0).eval(), images(3, 4, 12, 20)
+    plan = deploy(model, x, cache=False).plan
+    assert Plan.load(_saved(plan, tmp_path)) == plan
+    old = Plan(plan.environment, plan.choices[:-1], version=1)
+    again = deploy(model, x, plan=_saved(old, tmp_path), cache=False).plan
+    assert [each.times for each in again.choices[:-1]] == [{}] * 3
+    assert "torch" in again.choices[-1].times or not NATIVE  # measured anew
+    with pytest.raises(InputError, match="for attention it has nothing"):
+        deploy(model, x, plan=dataclasses.replace(old, version=2), cache=False)
+
+
+def _saved(plan, folder):
+    plan.save(folder / "plan.json")
+    return folder / "plan.json"
+
+
 MODULES = {
     "conv, norm, activation": (nn.Sequential(conv(4, 6), nn.BatchNorm2d(6), nn.ReLU()), ["6x4x3x3 pad 1,1,1,1 relu"]),
     "conv, activation, norm": (

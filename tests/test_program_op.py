@@ -10,6 +10,7 @@ from updp.ops import ConvForm, Line
 from updp.ops import rows as table
 
 ROWS = [row for row in ops.kernel_rows() if row.op == "conv" and row.available]
+TILED = ("winograd4", "winograd2")
 needs_kernels = pytest.mark.skipif(not ROWS, reason="NOT TESTED: no native convolution runs here")
 
 
@@ -206,7 +207,9 @@ class Graph:
         ):  # fmt: skip
             c = 24 if source < 4 else 20
             weight = run.randn(k, c, kernel, kernel) / math.sqrt(c * kernel * kernel)
-            row = run.pick(*[row for row in ROWS if row.algorithm == "direct" or kernel == 3])
+            row = run.pick(
+                *[row for row in ROWS if row.algorithm == "direct" or (kernel == 3 and row.algorithm in TILED)]
+            )
             form = ConvForm(row.name, tuple(weight.shape), (1, 1), (kernel // 2,) * 4, "relu", first)
             self.lines.append(Line((str(form),), source, added))
             self.operands += [ops.pack_conv(weight, row.name), run.randn(k), None, None, None]

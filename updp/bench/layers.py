@@ -114,8 +114,9 @@ def _best(function: Callable[[], object]) -> float:
 
 def _layer(chains: list[Fused], seconds: float, roofline: Roofline) -> dict[str, Any]:
     """All forms of one layer, in turns."""
-    problem, shape = chains[0].problem, chains[0].input
-    rows, timings = _forms(problem, chains[0].operands, shape, seconds)
+    problem, operands, shape = chains[0].problem, chains[0].operands, chains[0].input
+    assert isinstance(problem, Problem) and isinstance(operands, Operands)  # those of chains
+    rows, timings = _forms(problem, operands, shape, seconds)
     least = roofline.seconds(problem, shape)
     for row in rows:
         if row["timing"] is not None:

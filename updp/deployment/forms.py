@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,8 @@ class Problem:
     activation: str
     scaled: bool
     residual: Residual
+    plain: ClassVar[str] = TORCH
+    since: ClassVar[int] = 1
 
     @classmethod
     def of(cls, chain: Chain) -> Problem:
@@ -67,6 +69,12 @@ class Problem:
     def products(self, shape: tuple[int, ...]) -> int:
         """Multiply-accumulates, for an input of this shape."""
         return math.prod(self.out_shape(shape)) * math.prod(self.weight[1:])
+
+    def forms(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[str]:
+        return forms_for(self, shape, dtype, device)
+
+    def build(self, form: str, operands: Operands) -> nn.Module:
+        return build(form, self, operands)
 
     def __str__(self) -> str:
         """For people and as the key of a plan."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -13,13 +13,14 @@ from torch import Tensor, fx, nn
 
 from updp.certificate import relative
 from updp.deployment.affines import fold_forward, name_affines, operators_of, settle_affines
+from updp.deployment.attention import find_attentions, put_attention
 from updp.deployment.capture import args_of, capture, join_permutations, own_tensors
 from updp.deployment.chains import Chain, find_chains, put
 from updp.deployment.forms import Operands, Problem
-from updp.deployment.plan import Cache, Choice, Plan, here
+from updp.deployment.plan import Cache, Choice, Plan, here, planned
 from updp.deployment.programs import join_calls
 from updp.deployment.sequences import put_runs
-from updp.deployment.tune import Fused, Slot, tune
+from updp.deployment.tune import Fused, tune
 from updp.errors import CertificateError, InputError
 from updp.exporting import TOLERANCE
 
@@ -28,7 +29,7 @@ class Deployed(nn.Module):
     """A network for inference, and the plan by which it runs; what it is given and gives is the original's.
 
     Attributes:
-        plan: the form of every chain.
+        plan: the form of every chain and attention.
     """
 
     def __init__(self, graph: fx.GraphModule, plan: Plan) -> None:
@@ -112,11 +113,11 @@ def fused_chains(model: nn.Module, example: Tensor) -> list[Fused]:
     fused = _fuse(graph, example.dtype)
     with torch.inference_mode():
         _observe(Deployed(graph, Plan({}, ())), fused, example)
-    return fused
+    return [each for each in fused if isinstance(each.problem, Problem)]
 
 
 def _fuse(graph: fx.GraphModule, dtype: torch.dtype) -> list[Fused]:
-    """Rewrite a captured graph: a module for each chain."""
+    """Rewrite a captured graph: a module for each chain and each attention."""
     name_affines(graph)
     operators = operators_of(graph)
     fold_forward(graph, operators)
@@ -124,10 +125,14 @@ def _fuse(graph: fx.GraphModule, dtype: torch.dtype) -> list[Fused]:
     moved: dict[fx.Node, fx.Node] = {}
     fused: list[Fused] = []
     for chain in chains:
-        name = _name(chain, [module.name for module in fused])
-        module = Fused(name, Problem.of(chain), Operands.of(chain, dtype))
+        module = Fused(_name(_layer_of(chain), fused), Problem.of(chain), Operands.of(chain, dtype))
         graph.add_submodule(module.place, module)
         put(graph, chain, module.place, moved)
+        fused.append(module)
+    for found in list(find_attentions(graph)):
+        module = Fused(_name(found.module, fused), found.problem, nn.Module())
+        graph.add_submodule(module.place, module)
+        put_attention(graph, found, module.place)
         fused.append(module)
     settle_affines(graph, dtype)
     join_permutations(graph)
@@ -151,10 +156,14 @@ def _settle_tensors(graph: fx.GraphModule) -> None:
             graph.register_buffer(name, map_.contiguous(memory_format=torch.channels_last))
 
 
-def _name(chain: Chain, taken: Collection[str]) -> str:
-    """The module's that has the weight, numbered where several have the same."""
-    weight = str(args_of(chain.operator.node)[1].target)
-    plain = re.sub(r"[._]weight$", "", weight)
+def _layer_of(chain: Chain) -> str:
+    """The name of the module that has the weight."""
+    return re.sub(r"[._]weight$", "", str(args_of(chain.operator.node)[1].target))
+
+
+def _name(plain: str, fused: Collection[Fused]) -> str:
+    """Numbered where several have the same."""
+    taken = [module.name for module in fused]
     return next(name for i in count(1) if (name := plain if i == 1 else f"{plain}.{i}") not in taken)
 
 
@@ -165,7 +174,7 @@ def _owner(graph: fx.GraphModule, name: str) -> tuple[nn.Module, str]:
 
 
 def _observe(network: Deployed, fused: list[Fused], example: Tensor) -> None:
-    """Note the shape of every chain's input."""
+    """Note the shape of the first input of each."""
     handles = [
         module.register_forward_pre_hook(lambda module, args: setattr(module, "input", tuple(args[0].shape)))
         for module in fused
@@ -180,7 +189,7 @@ def _observe(network: Deployed, fused: list[Fused], example: Tensor) -> None:
 def _choose(
     network: Deployed, fused: list[Fused], example: Tensor, options: _Options, cache: Cache | None
 ) -> tuple[Choice, ...]:
-    """The form of each chain, then whether runs of them go strip by strip; then as few calls as can be."""
+    """The form of each chain and attention, then whether runs go strip by strip; then as few calls as can be."""
     choices = _settle(network, fused, example, options, cache)
     known = (*(options.plan.choices if options.plan else ()), *(each for each in choices if each.times))
     runs = put_runs(network.graph_module, fused, {each.name: each.times for each in known})
@@ -190,21 +199,21 @@ def _choose(
 
 
 def _settle(
-    network: Deployed, slots: Sequence[Slot], example: Tensor, options: _Options, cache: Cache | None
+    network: Deployed, fused: list[Fused], example: Tensor, options: _Options, cache: Cache | None
 ) -> tuple[Choice, ...]:
-    """Take the plan's form, or the fastest, for each slot."""
+    """Take the plan's form, or the fastest, for each."""
     times: dict[str, dict[str, float]] = {}
-    forms = {each.name: options.forms_of(each, example) for each in slots}
-    for each in slots:
+    forms = {each.name: options.forms_of(each, example) for each in fused}
+    for each in fused:
         if cache is not None and len(forms[each.name]) > 1:
             times[each.name] = cache.get(each.problem, each.input, forms[each.name]) or {}
-    on_trial = [(each, forms[each.name]) for each in slots if len(forms[each.name]) > 1 and not times.get(each.name)]
+    on_trial = [(each, forms[each.name]) for each in fused if len(forms[each.name]) > 1 and not times.get(each.name)]
     for (each, _), found in zip(on_trial, tune(on_trial, lambda: network(example), options.progress), strict=True):
         times[each.name] = found
         if cache is not None:
             cache.put(each.problem, each.input, found)
     choices = []
-    for each in slots:
+    for each in fused:
         own = times.get(each.name, {})
         form = min(forms[each.name], key=lambda form, own=own: own.get(form, 0.0))  # type: ignore[misc]
         choices.append(Choice(each.name, str(each.problem), each.input, form, own))
@@ -220,12 +229,13 @@ class _Options:
     wanted: Callable[[str], bool]
     progress: Callable[[int], None] | None
 
-    def forms_of(self, slot: Slot, example: Tensor) -> list[str]:
+    def forms_of(self, fused: Fused, example: Tensor) -> list[str]:
         """The forms to choose from; the plan's alone, where it can run here."""
-        possible = slot.forms(example.dtype, example.device)
-        if self.plan is not None and (said := slot.planned(self.plan)) in possible:
-            return [said]
-        return [form for form in possible if form == possible[0] or self.wanted(form)]
+        possible = fused.problem.forms(fused.input, example.dtype, example.device)
+        said = None if self.plan is None else planned(self.plan, fused.name, fused.problem)
+        if said is not None and said.form in possible:
+            return [said.form]
+        return [form for form in possible if form == fused.problem.plain or self.wanted(form)]
 
 
 def _check(model: nn.Module, network: Deployed, example: Tensor) -> None:

@@ -13,23 +13,24 @@ from typing import Any
 import torch
 
 from updp import ops
-from updp.deployment.forms import Problem
+from updp.deployment.tune import Problem
 from updp.errors import InputError, Place
 from updp.errors import Problem as Complaint
 from updp.files import read_json, write_text
 from updp.measure import environment
 
-VERSION = 1
+VERSION = 2
+"""Plans of version 1 do not speak of attention."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One chain, the form it runs in, and what was measured.
+    """One chain or attention, the form it runs in, and what was measured.
 
     Attributes:
-        name: of the convolution or linear layer in the network.
+        name: of the layer in the network.
         problem: what is computed.
-        input: shape of the input it was measured on.
+        input: shape of the first input it was measured on.
         times: form -> median milliseconds inside the network; empty where there was no choice.
     """
 
@@ -52,10 +53,11 @@ class Plan:
 
     environment: Mapping[str, Any]
     choices: tuple[Choice, ...]
+    version: int = VERSION
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "version": VERSION,
+            "version": self.version,
             "environment": dict(self.environment),
             "choices": [asdict(each) for each in self.choices],
         }
@@ -73,14 +75,14 @@ class Plan:
         """
         data = read_json(Path(path))
         try:
-            if data["version"] != VERSION:
-                raise ValueError(f"version: got {data['version']!r}, allowed: {VERSION}")
+            if data["version"] not in range(1, VERSION + 1):
+                raise ValueError(f"version: got {data['version']!r}, allowed: 1 to {VERSION}")
             choices = tuple(Choice(**{**row, "input": tuple(map(int, row["input"]))}) for row in data["choices"])
             for each in choices:
                 if not all(isinstance(text, str) for text in (each.name, each.problem, each.form)):
                     raise TypeError(f"names, problems and forms are texts, got {each!r}")
                 {form: float(ms) for form, ms in each.times.items()}
-            return cls(dict(data["environment"]), choices)
+            return cls(dict(data["environment"]), choices, data["version"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError([Complaint(Place(str(path)), "", f"not a plan: {error}")]) from None
 
@@ -104,12 +106,12 @@ class Cache:
         self._entries: dict[str, dict[str, float]] = self._read()
         self._new: dict[str, dict[str, float]] = {}
 
-    def get(self, problem: Problem | str, shape: Sequence[int], forms: Sequence[str]) -> dict[str, float] | None:
+    def get(self, problem: Problem, shape: Sequence[int], forms: Sequence[str]) -> dict[str, float] | None:
         """Times of exactly these forms, if they were measured."""
         times = self._entries.get(_key(problem, shape))
         return times if times is not None and set(times) == set(forms) else None
 
-    def put(self, problem: Problem | str, shape: Sequence[int], times: Mapping[str, float]) -> None:
+    def put(self, problem: Problem, shape: Sequence[int], times: Mapping[str, float]) -> None:
         self._entries[_key(problem, shape)] = self._new[_key(problem, shape)] = dict(times)
 
     def save(self) -> None:
@@ -143,20 +145,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "updp"
 
 
-def planned(plan: Plan, name: str, problem: Problem | str) -> Choice:
-    """What a plan says of a chain.
+def planned(plan: Plan, name: str, problem: Problem) -> Choice | None:
+    """What a plan says of a part of a network; None if it is too old, or of another machine, to speak of such.
 
     Raises:
         InputError: the plan is of another network.
     """
     found = next((each for each in plan.choices if each.name == name), None)
+    if problem.since is None and (found is None or found.problem != str(problem)):
+        return None
+    if found is None and problem.since is not None and plan.version < problem.since:
+        return None
     if found is None or found.problem != str(problem):
         was = "nothing" if found is None else found.problem
         raise InputError(f"the plan is of another network: for {name} it has {was}, the network {problem}")
     return found
 
 
-def _key(problem: Problem | str, shape: Sequence[int]) -> str:
+def _key(problem: Problem, shape: Sequence[int]) -> str:
     return f"{problem} on {'x'.join(map(str, shape))}"
 
 

@@ -6,19 +6,19 @@ last map; whether that is faster is measured, as for any form.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from updp import ops
 from updp.deployment.capture import args_of, tensor_of
-from updp.deployment.forms import NativeForm
-from updp.deployment.plan import Plan
+from updp.deployment.forms import NativeForm, Operands, Problem
 from updp.deployment.programs import Lines
-from updp.deployment.tune import Fused, Slot
+from updp.deployment.tune import Fused
 from updp.ops import Line
 
 APART, STRIPS = "apart", "strips"
@@ -48,55 +48,40 @@ class Strips(Lines):
         super().__init__([Line(tuple(part.text for part in parts))], parts, residuals)
 
 
-class Run(Slot):
-    """Convolutions that may run strip by strip.
+class Parts(nn.Module):
+    """The convolutions of a run.
 
     Args:
-        chains: what they are.
-        variants: the fastest native form of each.
+        settled: each in its own form.
+        natives: each in its fastest native form, which may be the same module.
         residuals: the constant that each adds, or None.
-        settled: the form that each one has.
     """
 
     def __init__(
-        self, chains: Sequence[Fused], variants: Sequence[str], residuals: Sequence[Tensor | None],
-        settled: Sequence[nn.Module],
-    ) -> None:  # fmt: skip
-        problem = ", ".join(
-            f"{_short(variant)} {chain.problem}" for chain, variant in zip(chains, variants, strict=True)
-        )
-        super().__init__(f"{chains[0].name} to {chains[-1].name}", problem)
-        self.input = chains[0].input
-        # Not submodules: what is not chosen goes.
-        self._given = chains, variants, residuals, settled
-        self.run = self.build(APART)
+        self, settled: Sequence[nn.Module], natives: Sequence[NativeForm], residuals: Sequence[Tensor | None]
+    ) -> None:
+        super().__init__()
+        self.settled, self.natives = nn.ModuleList(settled), nn.ModuleList(natives)
+        self.given = settled, natives, residuals
 
-    @property
-    def place(self) -> str:
-        return re.sub(r"\W+", "_", super().place).replace("fused_", "fused.", 1)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(chain.nbytes for chain in self._given[0])
+@dataclass(frozen=True)
+class RunProblem:
+    """Convolutions that may run strip by strip: the native form and the problem of each."""
 
-    def forms(self, dtype: torch.dtype, device: torch.device) -> list[str]:
+    steps: tuple[tuple[str, Problem], ...]
+    plain: ClassVar[str] = APART
+    since: ClassVar[None] = None
+
+    def forms(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[str]:
         return [APART, STRIPS]
 
-    def planned(self, plan: Plan) -> str | None:
-        """None where the plan was made on a machine that has no kernels for this run, or prefers others."""
-        return next(
-            (each.form for each in plan.choices if (each.name, each.problem) == (self.name, self.problem)), None
-        )
+    def build(self, form: str, operands: Parts) -> nn.Module:
+        settled, natives, residuals = operands.given
+        return Apart(settled, residuals) if form == APART else Strips(natives, residuals)
 
-    def build(self, form: str) -> nn.Module:
-        chains, variants, residuals, settled = self._given
-        if form == APART:
-            return Apart(settled, residuals)
-        natives = [
-            own if isinstance(own, NativeForm) and own.name == variant else chain.build(variant)
-            for chain, variant, own in zip(chains, variants, settled, strict=True)
-        ]
-        return Strips([native for native in natives if isinstance(native, NativeForm)], residuals)
+    def __str__(self) -> str:
+        return ", ".join(f"{_short(variant)} {problem}" for variant, problem in self.steps)
 
 
 def _short(variant: str) -> str:
@@ -104,20 +89,25 @@ def _short(variant: str) -> str:
     return variant.split("_")[1]
 
 
-def put_runs(graph: fx.GraphModule, chains: Sequence[Fused], times: Mapping[str, Mapping[str, float]]) -> list[Run]:
-    """Replace the runs of a graph whose chains are settled by a module each.
+def put_runs(graph: fx.GraphModule, fused: Sequence[Fused], times: Mapping[str, Mapping[str, float]]) -> list[Fused]:
+    """Replace the runs of a graph whose forms are settled by a module each.
 
     Args:
-        chains: all that the graph has.
+        fused: all that the graph has.
         times: what each one's forms were measured to take, by name; may be missing.
     """
-    by_place = {chain.place: chain for chain in chains}
+    chains = {each.place: chain for each in fused if (chain := _Chain.of(each)) is not None}
     found = []
-    for nodes in _runs(graph, by_place):
-        own = [by_place[str(node.target)] for node in nodes]
-        variants = [_native(chain, times.get(chain.name, {})) for chain in own]
+    for nodes in list(_runs(graph, chains)):
+        own = [chains[str(node.target)] for node in nodes]
+        variants = [chain.fastest(times.get(chain.fused.name, {})) for chain in own]
+        settled = [graph.get_submodule(chain.fused.place) for chain in own]
+        natives = [_Chain.native(*each) for each in zip(own, variants, settled, strict=True)]
         residuals = [tensor_of(graph, args_of(node)[1]) if len(node.args) > 1 else None for node in nodes]
-        run = Run(own, variants, residuals, [graph.get_submodule(str(node.target)) for node in nodes])
+        problem = RunProblem(tuple((variant, chain.problem) for variant, chain in zip(variants, own, strict=True)))
+        first, last = own[0].fused, own[-1].fused
+        run = Fused(f"{first.name} to {last.name}", problem, Parts(settled, natives, residuals))
+        run.input = first.input
         _put(graph, nodes, run)
         found.append(run)
     graph.delete_all_unused_submodules()
@@ -125,14 +115,43 @@ def put_runs(graph: fx.GraphModule, chains: Sequence[Fused], times: Mapping[str,
     return found
 
 
-def _runs(graph: fx.GraphModule, chains: Mapping[str, Fused]) -> Iterator[list[fx.Node]]:
-    """The longest runs, of two or more."""
+@dataclass(frozen=True)
+class _Chain:
+    """A chain of a network, and the native forms that it can take."""
+
+    fused: Fused
+    problem: Problem
+    variants: tuple[str, ...]
+
+    @classmethod
+    def of(cls, fused: Fused) -> _Chain | None:
+        """None where there is no such form, or the weight is not small."""
+        problem, operands = fused.problem, fused.operands
+        if not isinstance(problem, Problem) or not isinstance(operands, Operands) or problem.is_linear:
+            return None
+        weight, rows = operands.weight, {row.name for row in ops.kernel_rows()}
+        variants = tuple(form for form in problem.forms(fused.input, weight.dtype, weight.device) if form in rows)
+        return cls(fused, problem, variants) if variants and weight.nbytes <= _SMALL else None
+
+    def fastest(self, times: Mapping[str, float]) -> str:
+        """The first guess where none was measured."""
+        return min(self.variants, key=lambda form: times.get(form, float("inf")))
+
+    def native(self, variant: str, settled: nn.Module) -> NativeForm:
+        """The chain in a native form: the settled one, if that is it."""
+        native = settled if isinstance(settled, NativeForm) and settled.name == variant else self.fused.build(variant)
+        assert isinstance(native, NativeForm)
+        return native
+
+
+def _runs(graph: fx.GraphModule, chains: Mapping[str, _Chain]) -> Iterator[list[fx.Node]]:
+    """The longest runs, of two or more; nothing is added in them but constants."""
     run: list[fx.Node] = []
     for node in graph.graph.nodes:
         chain = chains.get(str(node.target)) if node.op == "call_module" else None
-        if chain is None or not _is_possible(node, chain):
+        if chain is None or any(added.op != "get_attr" for added in args_of(node)[1:]):
             continue
-        if run and node.args[0] is run[-1] and len(run[-1].users) == 1 and _is_large(chain):
+        if run and node.args[0] is run[-1] and len(run[-1].users) == 1 and _is_large(chain.fused.input):
             run.append(node)
             continue
         if len(run) > 1:
@@ -142,30 +161,11 @@ def _runs(graph: fx.GraphModule, chains: Mapping[str, Fused]) -> Iterator[list[f
         yield run
 
 
-def _is_possible(node: fx.Node, chain: Fused) -> bool:
-    """A convolution of a map with a kernel of ours and a small weight, to which nothing is added but a constant."""
-    added = args_of(node)[1:]
-    if chain.problem.is_linear or chain.operands.weight.nbytes > _SMALL or not _natives(chain):
-        return False
-    return all(isinstance(each, fx.Node) and each.op == "get_attr" for each in added)
+def _is_large(shape: tuple[int, ...]) -> bool:
+    return 4 * prod(shape[1:]) >= _LARGE
 
 
-def _is_large(chain: Fused) -> bool:
-    """The map that is read."""
-    return 4 * prod(chain.input[1:]) >= _LARGE
-
-
-def _natives(chain: Fused) -> list[str]:
-    dtype, device = chain.operands.weight.dtype, chain.operands.weight.device
-    return [form for form in chain.forms(dtype, device) if form in {row.name for row in ops.kernel_rows()}]
-
-
-def _native(chain: Fused, times: Mapping[str, float]) -> str:
-    """The fastest; the first guess where none was measured."""
-    return min(_natives(chain), key=lambda form: times.get(form, float("inf")))
-
-
-def _put(graph: fx.GraphModule, nodes: Sequence[fx.Node], run: Run) -> None:
+def _put(graph: fx.GraphModule, nodes: Sequence[fx.Node], run: Fused) -> None:
     graph.add_submodule(run.place, run)
     with graph.graph.inserting_before(nodes[-1]):
         node = graph.graph.call_module(run.place, (nodes[0].args[0],))

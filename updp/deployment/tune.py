@@ -2,134 +2,115 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from updp.deployment.forms import Operands, Problem, build, forms_for
-from updp.deployment.plan import Plan, planned
 
 _BYTES = 1 << 30  # of weights that forms on trial may hold at the same time
 _SECONDS = 2.0  # of running the network, for each group of chains that is on trial together
 _ROUNDS = (7, 50)
 
 
-class Slot(nn.Module):
-    """A place in a network whose form is not settled yet.
+class Problem(Protocol):
+    """What is computed, but for its numbers; its text is the key of a plan.
 
     Attributes:
-        name: for people and plans.
-        problem: what is computed there.
-        input: shape of the input that was seen last.
-        run: the form that it has for the time being.
+        plain: the form that can always run it.
+        since: version of the first plans that speak of such problems; None where it depends on the machine.
     """
 
-    input: tuple[int, ...] = ()
-    run: nn.Module
+    @property
+    def plain(self) -> str: ...
 
-    def __init__(self, name: str, problem: Problem | str) -> None:
+    @property
+    def since(self) -> int | None: ...
+
+    def forms(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[str]:
+        """Names of the forms that can run it here, for a first input of this shape; ``plain`` is one."""
+        ...
+
+    def build(self, form: str, operands: Any) -> nn.Module:
+        """The module that runs it in a form."""
+        ...
+
+
+class Fused(nn.Module):
+    """One part of a network whose form is not settled yet: a chain, or an attention.
+
+    Attributes:
+        name: of the layer in the network.
+        operands: the numbers that belong to the problem.
+        input: shape of the first input that was seen last.
+    """
+
+    def __init__(self, name: str, problem: Problem, operands: nn.Module) -> None:
         super().__init__()
-        self.name, self.problem = name, problem
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        out: Tensor = self.run(x, residual)
-        return out
+        self.name, self.problem, self.operands = name, problem, operands
+        self.input: tuple[int, ...] = ()
+        self.run = self.build(problem.plain)
 
     @property
     def place(self) -> str:
         """Where its module is: beside the network's own, whose names may be alike."""
-        return f"fused.{self.name.replace('.', '_')}"
+        return "fused." + re.sub(r"\W+", "_", self.name)
 
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """What a form of it holds, roughly."""
-
-    @abstractmethod
-    def forms(self, dtype: torch.dtype, device: torch.device) -> list[str]:
-        """Names of those that can run it here; the first one always can."""
-
-    def planned(self, plan: Plan) -> str | None:
-        """The form that a plan says.
-
-        Raises:
-            InputError: the plan is of another network.
-        """
-        return planned(plan, self.name, self.problem).form
-
-    @abstractmethod
     def build(self, form: str) -> nn.Module:
         """The module that runs it in a form."""
+        return self.problem.build(form, self.operands)
 
-
-class Fused(Slot):
-    """One chain; ``name`` is that of the convolution or linear layer in the network."""
-
-    problem: Problem
-
-    def __init__(self, name: str, problem: Problem, operands: Operands) -> None:
-        super().__init__(name, problem)
-        self.operands = operands
-        self.run = self.build("torch")
-
-    @property
-    def nbytes(self) -> int:
-        return 2 * self.operands.weight.nbytes
-
-    def forms(self, dtype: torch.dtype, device: torch.device) -> list[str]:
-        return forms_for(self.problem, self.input, dtype, device)
-
-    def build(self, form: str) -> nn.Module:
-        return build(form, self.problem, self.operands)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        out: Tensor = self.run(*inputs)
+        return out
 
 
 class _Trial(nn.Module):
-    """Stands in for a slot's form while all of them are tried, and keeps the times."""
+    """Stands in for a chain's form while all of them are tried, and keeps the times."""
 
-    def __init__(self, slot: Slot, forms: Sequence[str]) -> None:
+    def __init__(self, fused: Fused, forms: Sequence[str]) -> None:
         super().__init__()
-        self.forms = [slot.build(form) for form in forms]
+        self.forms = [fused.build(form) for form in forms]
         self.times: list[list[float]] = [[] for _ in forms]
         self.turn = 0
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         place = self.turn % len(self.forms)
         start = time.perf_counter()
-        out: Tensor = self.forms[place](x, residual)
+        out: Tensor = self.forms[place](*inputs)
         self.times[place].append(time.perf_counter() - start)
         return out
 
 
 def tune(
-    slots: Sequence[tuple[Slot, Sequence[str]]],
+    chains: Sequence[tuple[Fused, Sequence[str]]],
     run: Callable[[], object],
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[dict[str, float]]:
-    """Median milliseconds of every form of each slot.
+    """Median milliseconds of every form of each chain.
 
-    All slots change their form from one pass through the network to the next, so that each form meets what the one
-    before it and its own weights leave in the caches. A pass is one `run` of the network.
+    All chains change their form from one pass through the network to the next, so that each form meets what the
+    chain before it and its own weights leave in the caches. A pass is one `run` of the network.
 
     Args:
-        slots: those that are to be tuned, with the forms that each can take; they are left as they were.
+        chains: those that are to be tuned, with the forms that each can take; they are left as they were.
         run: runs the network once.
-        progress: called with how many slots are done.
+        progress: called with how many chains are done.
     """
     done = 0
-    for group in _groups(slots):
-        trials = [_Trial(slot, forms) for slot, forms in group]
-        before = [slot.run for slot, _ in group]
-        for (slot, _), trial in zip(group, trials, strict=True):
-            slot.run = trial
+    for group in _groups(chains):
+        trials = [_Trial(fused, forms) for fused, forms in group]
+        before = [fused.run for fused, _ in group]
+        for (fused, _), trial in zip(group, trials, strict=True):
+            fused.run = trial
         try:
             _take_turns(trials, run)
         finally:
-            for (slot, _), own in zip(group, before, strict=True):
-                slot.run = own
+            for (fused, _), own in zip(group, before, strict=True):
+                fused.run = own
         done += len(group)
         if progress is not None:
             progress(done)
@@ -157,16 +138,16 @@ def _take_turns(trials: Sequence[_Trial], run: Callable[[], object]) -> None:
         round_()
 
 
-def _groups(slots: Sequence[tuple[Slot, Sequence[str]]]) -> Iterator[list[tuple[Slot, Sequence[str]]]]:
-    """Slots whose forms fit into memory together; a packed weight takes up to four times as much as the weight."""
-    group: list[tuple[Slot, Sequence[str]]] = []
+def _groups(chains: Sequence[tuple[Fused, Sequence[str]]]) -> Iterator[list[tuple[Fused, Sequence[str]]]]:
+    """Chains whose forms fit into memory together; a packed weight takes up to four times as much as the weight."""
+    group: list[tuple[Fused, Sequence[str]]] = []
     taken = 0
-    for slot, forms in slots:
-        size = len(forms) * slot.nbytes
+    for fused, forms in chains:
+        size = 2 * len(forms) * sum(each.nbytes for each in fused.operands.buffers())
         if group and taken + size > _BYTES:
             yield group
             group, taken = [], 0
-        group.append((slot, forms))
+        group.append((fused, forms))
         taken += size
     if group:
         yield group

@@ -5,6 +5,9 @@ a backward where it makes sense, and rows in ``csrc/kernels.def``: one compiled 
 what the CPU can do. A source tree without the compiled module ``updp._C`` works: the references then do the work.
 """
 
+from updp.ops.attention import attention as attention
+from updp.ops.attention import attention_reference as attention_reference
+from updp.ops.attention import attention_variants as attention_variants
 from updp.ops.conv import conv2d as conv2d
 from updp.ops.conv import conv_reference as conv_reference
 from updp.ops.conv import conv_variants as conv_variants

@@ -1,0 +1,156 @@
+"""Attention in a network's graph, and the forms in which it can run: torch's operator and the kernel of ``csrc/``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from updp import ops
+from updp.deployment.capture import args_of, aten, calls
+from updp.deployment.forms import TORCH
+
+_ARGUMENTS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_DEFAULTS: tuple[Any, ...] = (None, 0.0, False, None, False)
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """softmax(q k^T * scale) v, without a mask.
+
+    Attributes:
+        queries, keys: tokens.
+        depth: channels of a head of q and k; ``width`` of v.
+    """
+
+    heads: int
+    queries: int
+    keys: int
+    depth: int
+    width: int
+    scale: float
+    plain: ClassVar[str] = TORCH
+    since: ClassVar[int] = 2
+
+    def products(self, shape: tuple[int, ...]) -> int:
+        """Multiply-accumulates, for queries of this shape."""
+        return math.prod(shape[:3]) * self.keys * (self.depth + self.width)
+
+    def forms(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[str]:
+        """Names of the forms that can run it here; plain torch is always one."""
+        native = device.type == "cpu" and dtype == torch.float32
+        return [TORCH, *(ops.attention_variants() if native else [])]
+
+    def build(self, form: str, operands: nn.Module) -> nn.Module:
+        """The module that runs it in a form: of q, k and v."""
+        return _Attention(form, self)
+
+    def __str__(self) -> str:
+        """For people and as the key of a plan."""
+        tokens = f"{self.queries}x{self.keys} tokens"
+        return f"attention {self.heads} heads {tokens} {self.depth}x{self.width} channels scale {self.scale:.6g}"
+
+
+class _Attention(nn.Module):
+    """The problem in one of its forms; what comes out has a head's channels side by side, token by token."""
+
+    def __init__(self, form: str, problem: AttentionProblem) -> None:
+        super().__init__()
+        self.name, self.problem = form, problem
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scale = self.problem.scale
+        if self.name == TORCH:
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        out: Tensor = torch.ops.updp.attention.default(q, k, v, scale, self.name)
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{self.problem}: {self.name}"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where a graph computes attention: ``end`` is what comes out."""
+
+    problem: AttentionProblem
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    end: fx.Node
+
+    @property
+    def module(self) -> str:
+        """The name of the module whose forward it is in."""
+        stack: dict[str, tuple[str, Any]] = self.end.meta.get("nn_module_stack") or {}
+        names = [path for path, _ in stack.values()]
+        return (names[-1] if names else "") or "attention"
+
+
+def find_attentions(graph: fx.GraphModule) -> Iterator[Attention]:
+    """All of them, written as one operator or as two products with a softmax between."""
+    for node in calls(graph, aten.scaled_dot_product_attention.default):
+        q, k, v, *rest = args_of(node)
+        given = dict(zip(_ARGUMENTS, _DEFAULTS, strict=True)) | dict(zip(_ARGUMENTS, rest, strict=False))
+        given |= dict(node.kwargs)
+        scale = given.pop("scale")
+        if all(given[name] == default for name, default in zip(_ARGUMENTS, _DEFAULTS, strict=True) if name in given):
+            yield from _attention(q, k, v, node, scale)
+    for node in calls(graph, aten.matmul.default):
+        yield from _from_products(node)
+
+
+def _from_products(node: fx.Node) -> Iterator[Attention]:
+    """(softmax((q * scale) @ k^T)) @ v, or with the scale behind the product, or without."""
+    weights, v = args_of(node)
+    if not _only(weights, aten.softmax.int) or args_of(weights)[1] not in (-1, 3) or len(args_of(weights)) != 2:
+        return
+    scores, scale = _unscaled(args_of(weights)[0])
+    if not _only(scores, aten.matmul.default):
+        return
+    q, columns = args_of(scores)
+    if not _only(columns, aten.transpose.int) or sorted(axis % 4 for axis in args_of(columns)[1:]) != [2, 3]:
+        return
+    q, more = _unscaled(q)
+    yield from _attention(q, args_of(columns)[0], v, node, scale * more)
+
+
+def _only(node: Any, target: Any) -> bool:
+    """Whether it is a call of an operator that one node alone needs."""
+    return isinstance(node, fx.Node) and node.target is target and len(node.users) == 1 and not node.kwargs
+
+
+def _unscaled(node: Any) -> tuple[Any, float]:
+    """What is multiplied by a number, and the number."""
+    if _only(node, aten.mul.Tensor) and isinstance(args_of(node)[1], float | int):
+        source, factor = args_of(node)
+        return source, float(factor)
+    return node, 1.0
+
+
+def _attention(q: Any, k: Any, v: Any, end: fx.Node, scale: float | None) -> Iterator[Attention]:
+    """If the sizes are known, but for the batch, and those of one attention."""
+    if not all(isinstance(each, fx.Node) and isinstance(each.meta.get("val"), Tensor) for each in (q, k, v)):
+        return
+    shapes = [each.meta["val"].shape for each in (q, k, v)]
+    if any(len(shape) != 4 or not all(isinstance(size, int) for size in shape[1:]) for shape in shapes):
+        return
+    (batch, heads, queries, depth), of_k, of_v = shapes
+    keys, width = of_v[2:]
+    if of_k == (batch, heads, keys, depth) and of_v[:2] == (batch, heads) and 0 not in shapes[0][1:]:
+        scale = 1 / math.sqrt(depth) if scale is None else float(scale)
+        yield Attention(AttentionProblem(heads, queries, keys, depth, width, scale), q, k, v, end)
+
+
+def put_attention(graph: fx.GraphModule, found: Attention, name: str) -> None:
+    """Replace it by a call of the module of that name; what only it needed is dead then."""
+    with graph.graph.inserting_before(found.end):
+        node = graph.graph.call_module(name, (found.q, found.k, found.v))
+    node.meta["val"] = found.end.meta["val"]
+    found.end.replace_all_uses_with(node)
+    graph.graph.erase_node(found.end)
