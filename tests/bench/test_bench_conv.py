@@ -87,7 +87,7 @@ GUARDS = {
     "3x3 deep": (1.3, [Layer(n, c, c, 14) for c in (256, 320, 384) for n in (1, 8)]),
     "3x3 at the end": (0.95, [Layer(1, 512, 512, 7), Layer(8, 512, 512, 7)]),
     "depthwise of MobileNetV2": (
-        1.2,
+        1.1,
         [
             Layer.depthwise(n, c, h, stride=stride)
             for c, h, stride in ((48, 112, 1), (96, 112, 2), (144, 56, 1), (192, 28, 1), (576, 14, 1), (960, 7, 1))
