@@ -257,66 +257,31 @@ def _address(name: str, vector: Tensor, size: int) -> int:
     return vector.data_ptr()
 
 
-def _conv2d_cpu(
-    x: Tensor,
-    packed: Tensor,
-    form: str,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    plan = plan_of(form, x.shape)
-    if plan is None:
-        return _anywhere(x, packed, form, bias, scale, shift, residual)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    return _run(plan, x.contiguous(memory_format=torch.channels_last), packed, bias, scale, shift, residual)
+def _on_cpu(layout: torch.memory_format) -> Callable[..., Tensor]:
+    def run(x: Tensor, packed: Tensor, form: str, *others: Tensor | None) -> Tensor:
+        """The others: bias, scale, shift, residual."""
+        plan = plan_of(form, x.shape)
+        if plan is None:
+            return _anywhere(x, packed, form, *others)
+        bias, scale, shift, residual = others
+        if residual is not None:
+            residual = residual.contiguous(memory_format=layout)
+        return _run(plan, x.contiguous(memory_format=layout), packed, bias, scale, shift, residual)
+
+    return run
 
 
-def _linear_cpu(
-    x: Tensor,
-    packed: Tensor,
-    form: str,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    plan = plan_of(form, x.shape)
-    if plan is None:
-        return _anywhere(x, packed, form, bias, scale, shift, residual)
-    residual = None if residual is None else residual.contiguous()
-    return _run(plan, x.contiguous(), packed, bias, scale, shift, residual)
-
-
-def _anywhere(
-    x: Tensor,
-    packed: Tensor,
-    text: str,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def _anywhere(x: Tensor, packed: Tensor, text: str, *others: Tensor | None) -> Tensor:
     """The reference; the only variant on other devices than the CPU."""
     form = ConvForm.parse(text)
     if form.variant != table.REFERENCE:
         raise TypeError(f"conv: {form.variant} runs on the CPU, got a tensor on {x.device}")
-    refuse_gradients(x, packed, bias, scale, shift, residual)
-    out = conv_reference(x, packed.view(form.weight), form, bias, scale, shift, residual)
+    refuse_gradients(x, packed, *others)
+    out = conv_reference(x, packed.view(form.weight), form, *others)
     return out.contiguous() if form.is_linear else out.contiguous(memory_format=torch.channels_last)
 
 
-def _fake(
-    x: Tensor,
-    packed: Tensor,
-    text: str,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def _fake(x: Tensor, packed: Tensor, text: str, *others: Tensor | None) -> Tensor:
     form = ConvForm.parse(text)
     k, _, *kernel = form.weight
     channels = x.shape[-1 if form.is_linear else 1]
@@ -333,8 +298,8 @@ def _fake(
 
 
 _ARGUMENTS = "Tensor x, Tensor packed, str form, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual"
-for _name, _cpu in (("conv2d", _conv2d_cpu), ("linear", _linear_cpu)):
+for _name, _layout in (("conv2d", torch.channels_last), ("linear", torch.contiguous_format)):
     table.LIBRARY.define(f"{_name}({_ARGUMENTS}) -> Tensor")
-    table.LIBRARY.impl(_name, _cpu, "CPU")
+    table.LIBRARY.impl(_name, _on_cpu(_layout), "CPU")
     table.LIBRARY.impl(_name, _anywhere, "CompositeExplicitAutograd")
     torch.library.register_fake(f"updp::{_name}", _fake, lib=table.LIBRARY)
