@@ -38,7 +38,8 @@ def page(results: Path) -> str:
     ]  # fmt: skip
     if not every:
         return "\n".join([*lines, "No results yet: `python benchmarks/performance.py`.", ""])
-    lines += [*_machines(every), "", *_runtimes(parts["runtimes"]), *_papers(parts["papers"]), *_layers(layers), *_HOW]
+    lines += [*_machines(every), "", *_runtimes(parts["runtimes"]), *_memory(parts["runtimes"])]
+    lines += [*_papers(parts["papers"]), *_layers(layers), *_HOW]
     return "\n".join([*lines, ""])
 
 
@@ -115,6 +116,34 @@ def _best(table: Mapping[str, Any]) -> str:
         if (each["runtime"], each["network"]) == ("deployed", "merged"):
             return f"**{each['ratio']:.2f}** ({each['low']:.2f} to {each['high']:.2f}; {TITLES[each['other']]})"
     return NOTHING
+
+
+def _memory(results: Sequence[Result]) -> Iterator[str]:
+    if not results:
+        return
+    yield "## Memory"
+    yield ""
+    yield (
+        "Megabytes of the merged network: weights, and the maps that are alive at the same time. Weights that are "
+        "packed for Winograd are up to four times as large; which are, depends on the batch."
+    )
+    yield ""
+    lines = []
+    for result in results:
+        for table in result["tables"]:
+            memory = {row["runtime"]: row["memory"] for row in table["rows"] if row["network"] == "merged"}
+            if table["threads"] == 1 and memory.get("torch") and memory.get("deployed"):
+                cells = [
+                    f"{memory[name][what] / 1e6:.1f}" for what in ("weights", "maps") for name in ("torch", "deployed")
+                ]
+                lines.append([_name(result), str(table["batch"]), *cells])
+    header = [
+        "network",
+        "batch",
+        *(f"{what}, {name}" for what in ("weights", "maps") for name in ("torch", "deployed")),
+    ]
+    yield from _table(header, lines)
+    yield ""
 
 
 # --- pruned against unpruned ---

@@ -17,6 +17,7 @@ from updp.deployment import Plan, deploy, network
 from updp.deployment.forms import Operands, Problem, build, forms_for
 from updp.deployment.plan import Cache, cache_folder, here
 from updp.deployment.programs import Lines
+from updp.deployment.trial import Memory
 from updp.errors import CertificateError, InputError
 from updp.randomize import randomize
 
@@ -447,6 +448,16 @@ def test_consecutive_native_convolutions_are_one_call():
         assert relative(deployed(x), model(x)) <= 1e-5
         assert relative(deployed(x[:1]), model(x[:1])) <= 1e-5
         assert torch.equal(copy.deepcopy(deployed)(x), deployed(x))
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native convolution runs here")
+def test_memory_counts_the_maps_within_a_program():
+    layers = nn.Sequential(conv(3, 8), conv(8, 16), conv(16, 4))
+    x = images(2, 3, 12, 12)
+    deployed = with_forms(randomize(layers, 0).eval(), x, "conv_")
+    found = Memory.of(deployed, x.contiguous(memory_format=torch.channels_last))
+    assert found.maps == 4 * 2 * 12 * 12 * (8 + 16 + 4)
+    assert found.weights == sum(each.nbytes for each in deployed.buffers())
 
 
 class Forked(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from updp.deployment.capture import args_of, tensor_of
 from updp.deployment.forms import NativeForm
-from updp.ops import Line, conv_program
+from updp.ops import Line, conv_program, program_bytes
 
 
 class Lines(nn.Module):
@@ -41,6 +41,10 @@ class Lines(nn.Module):
             assert isinstance(part, NativeForm)
             operands += [part.packed, part.bias, part.scale, part.shift, added]
         return conv_program(x, self._text, operands)
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Of the maps within, for an input of this shape."""
+        return program_bytes(self._text, shape)
 
     def extra_repr(self) -> str:
         return self._text

@@ -15,6 +15,7 @@ from updp.artefact import inspect, load
 from updp.certificate import relative
 from updp.deployment.network import Deployed, deploy
 from updp.deployment.plan import Plan
+from updp.deployment.programs import Lines
 from updp.files import check_writable
 from updp.measure import Speedup, Timing, compare, speedup
 from updp.train.cost import LiveBytes
@@ -25,7 +26,10 @@ _SECONDS = 4.0
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: of weights, packed or not, and of the maps that are alive at the same time."""
+    """Bytes: of weights, packed or not, and of the maps that are alive at the same time.
+
+    What kernels take besides, for a part of a map at a time, does not show: neither torch's nor ours.
+    """
 
     weights: int
     maps: int
@@ -34,9 +38,19 @@ class Memory:
     def of(cls, network: nn.Module, x: Tensor) -> Memory:
         tensors = [*network.parameters(), *network.buffers()]
         own = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
-        with torch.no_grad(), LiveBytes([*tensors, x]) as live:
-            network(x)
-        return cls(sum(own.values()), live.peak)
+        within = [0]  # of programs, whose maps torch does not see
+        handles = [
+            module.register_forward_pre_hook(lambda module, args: within.append(module.nbytes(args[0].shape)))
+            for module in network.modules()
+            if isinstance(module, Lines)
+        ]
+        try:
+            with torch.no_grad(), LiveBytes([*tensors, x]) as live:
+                network(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return cls(sum(own.values()), live.peak + max(within))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from updp.ops.form import ACTIVATIONS as ACTIVATIONS
 from updp.ops.form import ConvForm as ConvForm
 from updp.ops.program import Line as Line
 from updp.ops.program import conv_program as conv_program
+from updp.ops.program import program_bytes as program_bytes
 from updp.ops.rows import REFERENCE as REFERENCE
 from updp.ops.rows import KernelRow as KernelRow
 from updp.ops.rows import cpu_features as cpu_features

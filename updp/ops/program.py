@@ -108,6 +108,12 @@ def _plan(program: str, shape: tuple[int, ...], threads: int) -> _Plan | None:
     return _Plan(compiled.run, shape, strides, compiled.slots, tuple(operands))
 
 
+def program_bytes(program: str, shape: Sequence[int]) -> int:
+    """Bytes of the maps between lines that a call on an input of this shape holds at the same time."""
+    plan = _plan(program, tuple(shape), torch.get_num_threads())
+    return 0 if plan is None else 4 * sum(plan.slots)
+
+
 def _cpu(x: Tensor, program: str, operands: list[Tensor | None]) -> Tensor:
     plan = _plan(program, x.shape, torch.get_num_threads())
     if plan is None:
