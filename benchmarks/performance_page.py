@@ -128,21 +128,15 @@ def _memory(results: Sequence[Result]) -> Iterator[str]:
         "packed for Winograd are up to four times as large; which are, depends on the batch."
     )
     yield ""
+    columns = [(what, name) for what in ("weights", "maps") for name in ("torch", "deployed")]
     lines = []
     for result in results:
         for table in result["tables"]:
             memory = {row["runtime"]: row["memory"] for row in table["rows"] if row["network"] == "merged"}
             if table["threads"] == 1 and memory.get("torch") and memory.get("deployed"):
-                cells = [
-                    f"{memory[name][what] / 1e6:.1f}" for what in ("weights", "maps") for name in ("torch", "deployed")
-                ]
+                cells = [f"{memory[name][what] / 1e6:.1f}" for what, name in columns]
                 lines.append([_name(result), str(table["batch"]), *cells])
-    header = [
-        "network",
-        "batch",
-        *(f"{what}, {name}" for what in ("weights", "maps") for name in ("torch", "deployed")),
-    ]
-    yield from _table(header, lines)
+    yield from _table(["network", "batch", *(f"{what}, {name}" for what, name in columns)], lines)
     yield ""
 
 

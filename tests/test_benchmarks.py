@@ -183,6 +183,7 @@ def test_performance_measures_every_network_once(performance, monkeypatch, tmp_p
     assert len(made.calls) == 5 + shipped + 2 * (shipped + 1)
     text = (tmp_path / "performance.md").read_text()
     assert "| resnet34 updp_p10 | 8 | 1 | 9.00 (18.0) | **6.00 (12.0)** | **1.50** (1.40 to 1.60; torch) |" in text
+    assert "| resnet34 updp_p10 | 8 | 9.0 | 6.0 | 18.0 | 12.0 |" in text
     assert "| resnet34 updp_p10 | 1.43 (table 1) | 1.50 | 2.00 | 2.00 |" in text
     assert "| resnet34 updp_p10 | 1 | 1 of 1 | 2.50 (1) | 2.50 | 99 |".replace("99 |", "99, 150 %") in text
     assert performance.main(["--out", str(tmp_path)]) == 0
@@ -197,7 +198,10 @@ def fake_result(name, layers):
         layer = {"problem": "8x8x3x3 pad 1,1,1,1", "against_torch": {"ratio": 2.5}, "native": {"of_roofline": 1.5}}
         return {"environment": env, "network": network, "roofline": {"gmacs": 99.0}, "layers": [layer]}
     rows = [
-        {"runtime": runtime, "network": which, "status": "ok", "reason": "", "timing": {"median_ms": ms * factor}}
+        {
+            "runtime": runtime, "network": which, "status": "ok", "reason": "", "timing": {"median_ms": ms * factor},
+            "memory": {"weights": 1e6 * ms, "maps": 2e6 * ms},
+        }
         for runtime, ms in (("torch", 9.0), ("deployed", 6.0)) for which, factor in (("unpruned", 2), ("merged", 1))
     ]  # fmt: skip
     ratio = {"ratio": 1.5, "low": 1.4, "high": 1.6}
