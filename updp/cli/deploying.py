@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from updp.deployment.trial import Memory, Trial
 
 
+RUN = ("apart", "strips")
+"""The forms of runs of convolutions."""
+
+
 @guarded()
 def deploy(
     path: Network,
@@ -59,10 +63,15 @@ def _show_choices(choices: tuple[Choice, ...]) -> None:
         own, gain = each.times.get(each.form), each.gain
         against = "" if gain is None or each.form in ("torch", "onednn") else f"{gain:.2f}x"
         shown.add_row(
-            each.name, each.problem, "x".join(map(str, each.input)), _form(each.form),
+            each.name, _problem(each), "x".join(map(str, each.input)), _form(each.form),
             "" if own is None else f"{own:.3f}", Text(against, "green"),
         )  # fmt: skip
     out.print(shown)
+
+
+def _problem(choice: Choice) -> str:
+    """What is computed; of runs, how many convolutions they have: each has its own line."""
+    return choice.problem if choice.form not in RUN else f"{choice.problem.count(', ') + 1} convolutions"
 
 
 def _form(name: str) -> str:

@@ -61,6 +61,7 @@ def join_calls(graph: fx.GraphModule) -> None:
         nodes[-1].replace_all_uses_with(node)
         for old in reversed(nodes):
             graph.graph.erase_node(old)
+    graph.graph.eliminate_dead_code()  # constants that were read outside
     graph.delete_all_unused_submodules()
     graph.recompile()
 
