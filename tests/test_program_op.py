@@ -121,6 +121,19 @@ def test_what_is_not_finite_stays_where_it_belongs():
 
 
 @needs_kernels
+def test_the_default_dtype_does_not_matter():
+    run = Run((1, 3, 70, 64), STEM)
+    expected = run.joined()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(run.joined(), expected)
+        assert torch.equal(run.apart(), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@needs_kernels
 def test_inputs_of_any_layout_and_no_images():
     run = Run((2, 3, 70, 64), STEM)
     expected = run.joined()

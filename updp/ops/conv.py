@@ -71,7 +71,7 @@ def pack_conv(weight: Tensor, variant: str) -> Tensor:
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         raise TypeError(f"pack_conv: the weight is {weight.dtype} on {weight.device}, need float32 on the CPU")
     weight, shape = weight.detach().contiguous(), _four(weight.shape)
-    packed = torch.empty(table.NATIVE.conv_packed_size(variant, shape))
+    packed = weight.new_empty(table.NATIVE.conv_packed_size(variant, shape))
     table.NATIVE.conv_pack(variant, shape, weight.data_ptr(), packed.data_ptr(), packed.numel())
     return packed
 
@@ -226,7 +226,7 @@ def _run(
             raise ValueError(f"conv: the residual has shape {tuple(residual.shape)}, the output {plan.shape}")
     if (scale is None) != (shift is None):
         raise ValueError("conv: scale and shift come together, got one of them")
-    out = torch.empty_strided(plan.shape, plan.strides)
+    out = x.new_empty_strided(plan.shape, plan.strides)
     plan.run(
         x.data_ptr(),
         _address("the packed weight", packed, plan.packed_size),

@@ -125,8 +125,8 @@ def _cpu(x: Tensor, program: str, operands: list[Tensor | None]) -> Tensor:
     kept = [None if each is None else _dense(each) for each in operands]
     given = _each(len(plan.operands), kept)
     addresses = [_addresses(shapes, own) for shapes, own in zip(plan.operands, given, strict=True)]
-    slots = [torch.empty(elements) for elements in plan.slots]
-    out = torch.empty_strided(plan.shape, plan.strides)
+    slots = [x.new_empty(elements) for elements in plan.slots]
+    out = x.new_empty_strided(plan.shape, plan.strides)
     plan.run(x.data_ptr(), out.data_ptr(), [slot.data_ptr() for slot in slots], addresses)
     return out
 
