@@ -1,7 +1,5 @@
 // attention_tiled: two matrix products with a softmax between them, a few queries at a time, so that their
 // scores stay in the cache. Compiled once per instruction set; see conv_vector.h for the rule about linkage.
-#include <utility>
-
 #include "attention.h"
 #include "conv_multiply.h"
 #include "vector_math.h"
@@ -14,32 +12,13 @@ constexpr int64_t kPart = 256;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kInfinity = __builtin_inff();
 
-template <int... kLane>
-constexpr IntVec lane_numbers(std::integer_sequence<int, kLane...>) {
-  return IntVec{kLane...};
-}
-using Lanes = std::make_integer_sequence<int, kLanes>;
-
 // The lanes with numbers below `count`, and -inf in the others.
 inline Vec first_or_nothing(Vec x, int64_t count) {
   const IntVec limit = static_cast<int32_t>(count) - IntVec{};
   return lane_numbers(Lanes{}) < limit ? x : splat(-kInfinity);
 }
 
-// Each lane's neighbour at a distance of kStep, a power of two.
-template <int kStep, int... kLane>
-inline Vec swapped(Vec x, std::integer_sequence<int, kLane...>) {
-  return __builtin_shufflevector(x, x, (kLane ^ kStep)...);
-}
-
-// In every lane: the sum, and the largest, of all lanes.
-template <int kStep = kLanes / 2>
-inline Vec sum_of_lanes(Vec x) {
-  if constexpr (kStep == 0)
-    return x;
-  else
-    return sum_of_lanes<kStep / 2>(x + swapped<kStep>(x, Lanes{}));
-}
+// In every lane: the largest of all lanes.
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 template <int kStep = kLanes / 2>
 inline Vec largest_of_lanes(Vec x) {

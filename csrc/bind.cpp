@@ -11,6 +11,7 @@
 
 #include "bind_attention.h"
 #include "bind_conv.h"
+#include "bind_layer_norm.h"
 #include "dwcompose.h"
 #include "registry.h"
 
@@ -103,4 +104,5 @@ PYBIND11_MODULE(_C, module) {
   updp::bind_conv(module);
   updp::bind_program(module);
   updp::bind_attention(module);
+  updp::bind_layer_norm(module);
 }

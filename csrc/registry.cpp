@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "conv.h"
 #include "dwcompose.h"
+#include "layer_norm.h"
 
 namespace updp {
 
@@ -15,6 +16,7 @@ namespace updp {
 #define UPDP_DECLARE_dwcompose(name, T) void name(const DwComposeJob<T>&, int64_t, int64_t, T*);
 #define UPDP_DECLARE_conv(name, T) void name(const ConvJob&, int64_t, int, int64_t, int64_t, T*);
 #define UPDP_DECLARE_attention(name, T) void name(const AttentionJob&, int64_t, int64_t, T*);
+#define UPDP_DECLARE_layer_norm(name, T) void name(const LayerNormJob&, int64_t, int64_t);
 #define UPDP_KERNEL(op, algorithm, dtype, isa) \
   UPDP_DECLARE_##op(op##_##algorithm##_##dtype##_##isa, UPDP_TYPE_##dtype)
 #include "kernels.def"

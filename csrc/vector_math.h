@@ -1,10 +1,33 @@
-// Functions of vectors of floats. Only kernel files include it (see conv_vector.h).
+// Functions of vectors of floats, and of their lanes. Only kernel files include it (see conv_vector.h).
 #pragma once
+
+#include <utility>
 
 #include "conv_vector.h"
 
 namespace updp {
 namespace {
+
+template <int... kLane>
+constexpr IntVec lane_numbers(std::integer_sequence<int, kLane...>) {
+  return IntVec{kLane...};
+}
+using Lanes = std::make_integer_sequence<int, kLanes>;
+
+// Each lane's neighbour at a distance of kStep, a power of two.
+template <int kStep, int... kLane>
+inline Vec swapped(Vec x, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(x, x, (kLane ^ kStep)...);
+}
+
+// In every lane: the sum of all lanes.
+template <int kStep = kLanes / 2>
+inline Vec sum_of_lanes(Vec x) {
+  if constexpr (kStep == 0)
+    return x;
+  else
+    return sum_of_lanes<kStep / 2>(x + swapped<kStep>(x, Lanes{}));
+}
 
 // 2^x for -126 <= x <= 126, to an ulp or two; the polynomials here are least-maximum fits.
 inline Vec power_of_two(Vec x) {

@@ -233,6 +233,7 @@ def _saved(plan, folder):
     return folder / "plan.json"
 
 
+NORMED = ["4x1x7x7 pad 3,3,3,3 groups 4", "8x4 gelu", "4x8 add", "layer norm 4 channels eps 1e-05"]
 MODULES = {
     "conv, norm, activation": (nn.Sequential(conv(4, 6), nn.BatchNorm2d(6), nn.ReLU()), ["6x4x3x3 pad 1,1,1,1 relu"]),
     "conv, activation, norm": (
@@ -253,7 +254,7 @@ MODULES = {
     "padding by name": (nn.Conv2d(4, 6, (2, 3), padding="same"), ["6x4x2x3 pad 0,1,1,1"]),
     "residual first": (Residual(True), ["4x4x3x3 pad 1,1,1,1 relu6", "4x4x3x3 pad 1,1,1,1 add relu"]),
     "residual last": (Residual(False), ["4x4x3x3 pad 1,1,1,1 relu6", "4x4x3x3 pad 1,1,1,1 add"]),
-    "channels at the end": (Turned(), ["4x1x7x7 pad 3,3,3,3 groups 4", "8x4 gelu", "4x8 add"]),
+    "channels at the end": (Turned(), NORMED),
     "tokens": (Tokens(), ["6x4x4x4 stride 4x4", "6x6 silu", "6x6 add"]),
     "own padding": (Same(), ["5x4x3x3 stride 2x2 pad 1,0,2,1 hardswish"]),
     "padding that is no zero": (Same(1.0), ["5x4x3x3 stride 2x2 hardswish"]),
@@ -282,8 +283,87 @@ def test_a_norm_in_front_of_a_padded_convolution_stays():
 def test_layer_norms_give_their_weights_away():
     model = randomize(Turned(), 0).double().eval()
     deployed = same(model, images(2, 4, 9, 9, dtype=torch.float64))
-    (norm,) = (n for n in deployed.graph_module.graph.nodes if "layer_norm" in str(n.target))
-    assert norm.args[2:4] == (None, None)
+    assert problems(deployed)[-1] == "layer norm 4 channels eps 1e-05"
+    assert deployed.plan.choices[-1].name == "norm"
+    assert left(deployed, "layer_norm") == 0
+
+
+class Normed(nn.Module):
+    """Norms with weights of their own: over the channels of a map, over tokens before a sum, over two dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.down = conv(4, 6), nn.LayerNorm(6, eps=1e-6), nn.Conv2d(6, 8, 3, 2, padding=1)
+        self.no_bias, self.bare = nn.LayerNorm(8, bias=False), nn.LayerNorm(8, elementwise_affine=False)
+        self.two = nn.LayerNorm((12, 8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.down(x).flatten(2).transpose(1, 2)
+        x = self.no_bias(x) + self.bare(x)
+        return self.head(self.two(x)[:, 0])
+
+
+NORMS = {
+    "norm": "layer norm 6 channels eps 1e-06 weight bias",
+    "no_bias": "layer norm 8 channels eps 1e-05 weight",
+    "bare": "layer norm 8 channels eps 1e-05",
+}
+
+
+def norms(deployed):
+    return {each.name: each for each in deployed.plan.choices if each.problem.startswith("layer norm")}
+
+
+def test_layer_norms_are_pieces_of_their_own():
+    model, x = randomize(Normed(), 0).double().eval(), images(3, 4, 6, 8, dtype=torch.float64)
+    deployed = same(model, x)
+    assert {name: each.problem for name, each in norms(deployed).items()} == NORMS
+    assert left(deployed, "layer_norm") == 1  # the one over two dimensions
+    with torch.no_grad():
+        other = images(5, 4, 6, 8, dtype=torch.float64, seed=1)
+        assert relative(deployed(other), model(other)) <= 1e-12, "the batch size is free"
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native kernel runs here")
+def test_native_layer_norms_in_a_network():
+    model, x = randomize(Normed(), 0).eval(), images(3, 4, 6, 8)
+    deployed = with_forms(model, x, "layer_norm_")
+    assert {each.form.partition("_f32")[0] for each in norms(deployed).values()} == {"layer_norm_rows"}
+    with torch.no_grad():
+        expected = deployed(x)
+        assert relative(expected, model(x)) <= 1e-5
+        assert relative(deployed(x[:1]), model(x[:1])) <= 1e-5
+        torch.testing.assert_close(torch.compile(deployed, fullgraph=True, backend="aot_eager")(x), expected)
+        torch.testing.assert_close(torch.export.export(deployed, (x,)).module()(x), expected)
+        assert torch.equal(copy.deepcopy(deployed)(x), expected)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native kernel runs here")
+def test_native_layer_norms_of_maps_copy_nothing():
+    model, x = randomize(Normed(), 0).eval(), images(3, 4, 6, 8)
+    deployed = with_forms(model, x, "layer_norm_")
+    seen = {}
+    for name in ("norm", "down"):
+        piece = deployed.get_submodule(f"graph_module.fused.{name}")
+        piece.register_forward_hook(lambda _, args, out, name=name: seen.update({name: (args[0], out)}))
+    with torch.inference_mode():
+        deployed(x)
+    assert seen["norm"][0].is_contiguous()
+    assert seen["down"][0].data_ptr() == seen["norm"][1].data_ptr()
+    assert seen["down"][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_plan_from_before_layer_norms_is_followed_for_the_rest(tmp_path):
+    model, x = randomize(Normed(), 0).eval(), images(3, 4, 6, 8)
+    plan = deploy(model, x, cache=False).plan
+    rest = tuple(each for each in plan.choices if each.name not in NORMS)
+    again = deploy(model, x, plan=_saved(Plan(plan.environment, rest, version=2), tmp_path), cache=False)
+    assert all(not each.times for each in again.plan.choices if each.name not in NORMS)
+    assert all("torch" in each.times for each in norms(again).values()) or not NATIVE  # measured anew
+    with pytest.raises(InputError, match="for norm it has nothing"):
+        deploy(model, x, plan=Plan(plan.environment, rest), cache=False)
 
 
 # --- whole networks ---

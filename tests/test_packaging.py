@@ -84,7 +84,7 @@ def test_specs_are_found_in_a_checkout(tmp_path):
 def test_specs_are_found_in_a_wheel(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     check(probe(tmp_path / "installed", cwd=tmp_path), tmp_path / "installed")
-    assert int(python("-c", NATIVE, str(tmp_path / "installed"), cwd=tmp_path)) == 21
+    assert int(python("-c", NATIVE, str(tmp_path / "installed"), cwd=tmp_path)) == 24
 
 
 def test_specs_are_found_in_an_editable_install(tmp_path):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from updp import ops
-from updp.deployment.capture import args_of, aten, calls
+from updp.deployment.capture import args_of, aten, calls, module_of
 from updp.deployment.forms import TORCH
 
 _ARGUMENTS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -87,9 +87,7 @@ class Attention:
     @property
     def module(self) -> str:
         """The name of the module whose forward it is in."""
-        stack: dict[str, tuple[str, Any]] = self.end.meta.get("nn_module_stack") or {}
-        names = [path for path, _ in stack.values()]
-        return (names[-1] if names else "") or "attention"
+        return module_of(self.end) or "attention"
 
 
 def find_attentions(graph: fx.GraphModule) -> Iterator[Attention]:
@@ -145,12 +143,3 @@ def _attention(q: Any, k: Any, v: Any, end: fx.Node, scale: float | None) -> Ite
     if of_k == (batch, heads, keys, depth) and of_v[:2] == (batch, heads) and 0 not in shapes[0][1:]:
         scale = 1 / math.sqrt(depth) if scale is None else float(scale)
         yield Attention(AttentionProblem(heads, queries, keys, depth, width, scale), q, k, v, end)
-
-
-def put_attention(graph: fx.GraphModule, found: Attention, name: str) -> None:
-    """Replace it by a call of the module of that name; what only it needed is dead then."""
-    with graph.graph.inserting_before(found.end):
-        node = graph.graph.call_module(name, (found.q, found.k, found.v))
-    node.meta["val"] = found.end.meta["val"]
-    found.end.replace_all_uses_with(node)
-    graph.graph.erase_node(found.end)

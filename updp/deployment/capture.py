@@ -142,3 +142,19 @@ def calls(graph: fx.GraphModule, *targets: Callable[..., Any]) -> list[fx.Node]:
 def args_of(node: fx.Node) -> tuple[Any, ...]:
     """A call's arguments, of whatever types its operator takes."""
     return tuple(node.args)
+
+
+def module_of(node: fx.Node) -> str:
+    """The name of the module whose forward a node is in; empty for the network itself."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    names = [path for path, _ in stack.values()]
+    return names[-1] if names else ""
+
+
+def put_module(graph: fx.GraphModule, end: fx.Node, name: str, *inputs: fx.Node) -> None:
+    """Replace what ends in a node by a call of the module of that name; what only it needed is dead then."""
+    with graph.graph.inserting_before(end):
+        node = graph.graph.call_module(name, inputs)
+    node.meta["val"] = end.meta["val"]
+    end.replace_all_uses_with(node)
+    graph.graph.erase_node(end)

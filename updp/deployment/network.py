@@ -13,10 +13,11 @@ from torch import Tensor, fx, nn
 
 from updp.certificate import relative
 from updp.deployment.affines import fold_forward, name_affines, operators_of, settle_affines
-from updp.deployment.attention import find_attentions, put_attention
-from updp.deployment.capture import args_of, capture, join_permutations, own_tensors
+from updp.deployment.attention import find_attentions
+from updp.deployment.capture import args_of, capture, join_permutations, own_tensors, put_module
 from updp.deployment.chains import Chain, find_chains, put
 from updp.deployment.forms import Operands, Problem
+from updp.deployment.norms import find_norms
 from updp.deployment.plan import Cache, Choice, Plan, here, planned
 from updp.deployment.programs import join_calls
 from updp.deployment.sequences import put_runs
@@ -29,7 +30,7 @@ class Deployed(nn.Module):
     """A network for inference, and the plan by which it runs; what it is given and gives is the original's.
 
     Attributes:
-        plan: the form of every chain and attention.
+        plan: the form of every chain, attention and layer norm.
     """
 
     def __init__(self, graph: fx.GraphModule, plan: Plan) -> None:
@@ -117,7 +118,7 @@ def fused_chains(model: nn.Module, example: Tensor) -> list[Fused]:
 
 
 def _fuse(graph: fx.GraphModule, dtype: torch.dtype) -> list[Fused]:
-    """Rewrite a captured graph: a module for each chain and each attention."""
+    """Rewrite a captured graph: a module for each chain, each attention and each layer norm."""
     name_affines(graph)
     operators = operators_of(graph)
     fold_forward(graph, operators)
@@ -132,7 +133,12 @@ def _fuse(graph: fx.GraphModule, dtype: torch.dtype) -> list[Fused]:
     for found in list(find_attentions(graph)):
         module = Fused(_name(found.module, fused), found.problem, nn.Module())
         graph.add_submodule(module.place, module)
-        put_attention(graph, found, module.place)
+        put_module(graph, found.end, module.place, found.q, found.k, found.v)
+        fused.append(module)
+    for norm in list(find_norms(graph)):
+        module = Fused(_name(norm.module, fused), norm.problem, norm.operands)
+        graph.add_submodule(module.place, module)
+        put_module(graph, norm.node, module.place, norm.x)
         fused.append(module)
     settle_affines(graph, dtype)
     join_permutations(graph)
@@ -189,7 +195,7 @@ def _observe(network: Deployed, fused: list[Fused], example: Tensor) -> None:
 def _choose(
     network: Deployed, fused: list[Fused], example: Tensor, options: _Options, cache: Cache | None
 ) -> tuple[Choice, ...]:
-    """The form of each chain and attention, then whether runs go strip by strip; then as few calls as can be."""
+    """The form of each part, then whether runs go strip by strip; then as few calls as can be."""
     choices = _settle(network, fused, example, options, cache)
     known = (*(options.plan.choices if options.plan else ()), *(each for each in choices if each.times))
     runs = put_runs(network.graph_module, fused, {each.name: each.times for each in known})

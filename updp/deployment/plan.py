@@ -19,13 +19,13 @@ from updp.errors import Problem as Complaint
 from updp.files import read_json, write_text
 from updp.measure import environment
 
-VERSION = 2
-"""Plans of version 1 do not speak of attention."""
+VERSION = 3
+"""Plans of version 1 do not speak of attention, those of version 2 not of layer norms."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One chain or attention, the form it runs in, and what was measured.
+    """One chain, attention or layer norm, the form it runs in, and what was measured.
 
     Attributes:
         name: of the layer in the network.

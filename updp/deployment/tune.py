@@ -40,7 +40,7 @@ class Problem(Protocol):
 
 
 class Fused(nn.Module):
-    """One part of a network whose form is not settled yet: a chain, or an attention.
+    """One part of a network whose form is not settled yet: a chain, an attention or a layer norm.
 
     Attributes:
         name: of the layer in the network.

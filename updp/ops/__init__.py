@@ -17,6 +17,9 @@ from updp.ops.depthwise import depthwise_compose as depthwise_compose
 from updp.ops.depthwise import depthwise_compose_reference as depthwise_compose_reference
 from updp.ops.form import ACTIVATIONS as ACTIVATIONS
 from updp.ops.form import ConvForm as ConvForm
+from updp.ops.layer_norm import layer_norm as layer_norm
+from updp.ops.layer_norm import layer_norm_reference as layer_norm_reference
+from updp.ops.layer_norm import layer_norm_variants as layer_norm_variants
 from updp.ops.program import Line as Line
 from updp.ops.program import conv_program as conv_program
 from updp.ops.program import program_bytes as program_bytes
