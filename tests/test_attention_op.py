@@ -145,6 +145,21 @@ def test_parts_of_a_packed_tensor_need_no_copy(name):
     assert torch.equal(got, ops.attention(*backwards, None, name))
 
 
+@pytest.mark.parametrize("name", [*ROWS, "reference"])
+def test_all_in_one_is_the_same(name):
+    if name != "reference":
+        runnable(name)
+    for batch, tokens, heads, depth in ((2, 197, 3, 64), (1, 5, 1, 7), (3, 50, 2, 1), (0, 4, 2, 8)):
+        packed = torch.randn(batch, tokens, 3 * heads * depth)
+        views = packed.reshape(batch, tokens, 3, heads, depth).permute(2, 0, 3, 1, 4)
+        expected = ops.attention(*views, None, name).transpose(1, 2).reshape(batch, tokens, heads * depth)
+        got = ops.attention_packed(packed, heads, None, name)
+        assert torch.equal(got, expected)
+        assert got.is_contiguous()
+        apart = packed.transpose(0, 1).contiguous().transpose(0, 1)  # copied
+        assert torch.equal(ops.attention_packed(apart, heads, None, name), expected)
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_large_scores_do_not_overflow(name):
     runnable(name)
@@ -231,8 +246,9 @@ def test_compile_export_and_opcheck(variant):
     arguments = (torch.randn(2, 3, 5, 4), torch.randn(2, 3, 6, 4), torch.randn(2, 3, 6, 7), 0.5, variant)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        outcome = torch.library.opcheck(torch.ops.updp.attention.default, arguments)
-    assert set(outcome.values()) == {"SUCCESS"}
+        for operator, given in (("attention", arguments), ("attention_packed", (x, 2, 0.5, variant))):
+            outcome = torch.library.opcheck(getattr(torch.ops.updp, operator).default, given)
+            assert set(outcome.values()) == {"SUCCESS"}
 
 
 def w(*shape):
@@ -260,6 +276,27 @@ def test_bad_input_is_named(name, variant):
     call = {"q": w(2, 3, 5, 4), "k": w(2, 3, 6, 4), "v": w(2, 3, 6, 4), "variant": variant, **change}
     with pytest.raises(error, match=message):
         ops.attention(**call)
+
+
+PACKED_BAD = {
+    "dimensions": ({"qkv": w(5, 24)}, ValueError, r"together have shape \(5, 24\), need \(N, tokens, 3 \* heads"),
+    "heads": ({"heads": 5}, ValueError, r"need \(N, tokens, 3 \* heads \* depth\) of 5 heads"),
+    "no heads": ({"heads": 0}, ValueError, "of 0 heads"),
+    "no tokens": ({"qkv": w(2, 0, 24)}, ValueError, r"have shape \(2, 0, 24\)"),
+    "dtype": ({"qkv": w(2, 5, 24).double()}, TypeError, "together are torch.float64, need float32"),
+    "variant": ({"variant": "attention_fast_f32_portable"}, ValueError, "got variant 'attention_fast_f32_portable'"),
+    "gradient": ({"qkv": w(2, 5, 24).requires_grad_()}, TypeError, "asks for a gradient"),
+}
+
+
+@pytest.mark.parametrize("variant", ["reference", PORTABLE])
+@pytest.mark.parametrize("name", PACKED_BAD)
+def test_bad_input_all_in_one_is_named(name, variant):
+    change, error, message = PACKED_BAD[name]
+    if variant == "reference" and name in ("dtype", "variant"):
+        pytest.skip("there is nothing to say")
+    with pytest.raises(error, match=message):
+        ops.attention_packed(**{"qkv": w(2, 5, 24), "heads": 2, "variant": variant, **change})
 
 
 SHAPES = {"q": (1, 2, 5, 4), "k": (1, 2, 6, 4), "v": (1, 2, 6, 3)}

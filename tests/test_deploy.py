@@ -159,6 +159,13 @@ class Attentive(nn.Module):
     def own_scale(self, q, k, v):
         return F.scaled_dot_product_attention(q, k[:, :, :9], v[:, :, :9], scale=0.3)
 
+    def others(self, q, k, v):
+        return F.scaled_dot_product_attention(k, q, v)
+
+    def read_twice(self, q, k, v):
+        y = F.scaled_dot_product_attention(q, k, v)
+        return y + y.amax()
+
     def masked(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
 
@@ -183,6 +190,8 @@ ATTENTIONS = {
     "own_scale": "attention 2 heads 15x9 tokens 4x4 channels scale 0.3",
     "products": "attention 2 heads 15x15 tokens 4x4 channels scale 0.25",
     "scaled_behind": "attention 2 heads 15x15 tokens 4x4 channels scale 0.3",
+    "others": "attention 2 heads 15x15 tokens 4x4 channels scale 0.5",
+    "read_twice": "attention 2 heads 15x15 tokens 4x4 channels scale 0.5",
     "masked": None, "causal": None, "biased": None, "other_axis": None,
 }  # fmt: skip
 
@@ -197,14 +206,19 @@ def test_attention_is_one_piece_unless_it_is_masked(way):
         return
     assert deployed.plan.choices[-1].name == "attention"
     assert left(deployed, "matmul") == left(deployed, "softmax") == left(deployed, "scaled_dot") == 0
+    views = sum(left(deployed, name) for name in ("permute", "unbind", "getitem"))
+    assert (views == 0) == (way in ("operator", "products", "scaled_behind")), (
+        "without views, where the parts are whole"
+    )
     with torch.no_grad():
         other = images(5, 4, 12, 20, seed=1)
         assert relative(deployed(other.double()), model.double()(other.double())) <= 1e-12, "the batch size is free"
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native kernel runs here")
-def test_native_attention_in_a_network():
-    model, x = randomize(Attentive("operator"), 0).eval(), images(3, 4, 12, 20)
+@pytest.mark.parametrize("way", ["operator", "own_scale"])  # with all of q, k and v in one, and with parts of them
+def test_native_attention_in_a_network(way):
+    model, x = randomize(Attentive(way), 0).eval(), images(3, 4, 12, 20)
     deployed = with_forms(model, x, "attention_")
     assert [each.form for each in deployed.plan.choices][-1].startswith("attention_tiled_f32")
     assert set(deployed.plan.choices[-1].times) == set()  # the plan said it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -151,10 +151,12 @@ def module_of(node: fx.Node) -> str:
     return names[-1] if names else ""
 
 
-def put_module(graph: fx.GraphModule, end: fx.Node, name: str, *inputs: fx.Node) -> None:
-    """Replace what ends in a node by a call of the module of that name; what only it needed is dead then."""
+def put_module(graph: fx.GraphModule, nodes: Sequence[fx.Node], name: str, *inputs: fx.Node) -> None:
+    """Replace nodes, of which only the last is read, by a call of the module of that name."""
+    end = nodes[-1]
     with graph.graph.inserting_before(end):
         node = graph.graph.call_module(name, inputs)
     node.meta["val"] = end.meta["val"]
     end.replace_all_uses_with(node)
-    graph.graph.erase_node(end)
+    for old in reversed(nodes):
+        graph.graph.erase_node(old)

@@ -133,12 +133,12 @@ def _fuse(graph: fx.GraphModule, dtype: torch.dtype) -> list[Fused]:
     for found in list(find_attentions(graph)):
         module = Fused(_name(found.module, fused), found.problem, nn.Module())
         graph.add_submodule(module.place, module)
-        put_module(graph, found.end, module.place, found.q, found.k, found.v)
+        put_module(graph, found.nodes, module.place, *found.inputs)
         fused.append(module)
     for norm in list(find_norms(graph)):
         module = Fused(_name(norm.module, fused), norm.problem, norm.operands)
         graph.add_submodule(module.place, module)
-        put_module(graph, norm.node, module.place, norm.x)
+        put_module(graph, [norm.node], module.place, norm.x)
         fused.append(module)
     settle_affines(graph, dtype)
     join_permutations(graph)

@@ -6,6 +6,8 @@ what the CPU can do. A source tree without the compiled module ``updp._C`` works
 """
 
 from updp.ops.attention import attention as attention
+from updp.ops.attention import attention_packed as attention_packed
+from updp.ops.attention import attention_parts as attention_parts
 from updp.ops.attention import attention_reference as attention_reference
 from updp.ops.attention import attention_variants as attention_variants
 from updp.ops.conv import conv2d as conv2d
