@@ -32,7 +32,7 @@ def page(results: Path) -> str:
     every = [result for found in (*parts.values(), *layers.values()) for result in found]
     lines = [
         "# How fast merged networks are", "",
-        "<!-- Written by `python benchmarks/performance.py`; every figure is from a file in "
+        "<!-- Written by `python benchmarks/performance.py --page`; every figure is from a file of `updp bench` in "
         "benchmarks/results/performance. -->", "",
         "`updp bench` measures all of this, on your machine as well: `updp bench resnet34 --subnet updp_p10`.", "",
     ]  # fmt: skip
@@ -70,7 +70,7 @@ def _runtimes(results: Sequence[Result]) -> Iterator[str]:
     yield (
         "Milliseconds of a batch, float32 (OpenVINO bf16, in italics, computes something else), median; in brackets, "
         "the unpruned network. *Against the best other*: how many times as long the best of the other float32 "
-        "runtimes takes as updp deployed, with the quartiles of the ratio within a round."
+        "runtimes takes as updp deployed, with the quartiles of the ratio within a round. –: not measured."
     )
     yield ""
     names = [name for name in TITLES if any(_rows(result, name) for result in results)]
